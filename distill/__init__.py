@@ -1,0 +1,1 @@
+"""A knowledge-distillation framework for search and recommendation."""

@@ -1,0 +1,162 @@
+"""What a model is asked about: Ragged sequences and the Batch. Next: ``outputs.py``, what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """n sequences laid end to end, without padding.
+
+    Row i is ``values[offsets[i]:offsets[i + 1]]``.
+
+    Example:
+        >>> Ragged.of([[1, 2, 3], [], [4]]).lengths
+        tensor([3, 0, 1])
+    """
+
+    values: Tensor  # [T, ...]
+    offsets: Tensor  # [n + 1] int64, from 0 to T
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[Any]], dtype: torch.dtype = torch.int64) -> Ragged:
+        rows = list(rows)
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        values = torch.tensor([value for row in rows for value in row], dtype=dtype)
+        return cls.of_lengths(values, lengths)
+
+    @classmethod
+    def of_lengths(cls, values: Tensor, lengths: Tensor) -> Ragged:
+        offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64, device=lengths.device)
+        torch.cumsum(lengths, dim=0, out=offsets[1:])
+        return cls(values, offsets)
+
+    @classmethod
+    def join(cls, pieces: Sequence[Ragged | Tensor]) -> Ragged:
+        """Row i is row i of every piece, one after the other; a Tensor [k] is the same for all rows.
+
+        >>> Ragged.join([torch.tensor([9]), Ragged.of([[1, 2], [3]])]).tolist()
+        [[9, 1, 2], [9, 3]]
+        """
+        n = next(len(piece) for piece in pieces if isinstance(piece, Ragged))
+        pieces = [
+            piece if isinstance(piece, Ragged) else cls(piece.repeat(n), torch.arange(n + 1) * len(piece))
+            for piece in pieces
+        ]
+        lengths = torch.stack([piece.lengths for piece in pieces])  # [pieces, n]
+        starts = lengths.cumsum(0) - lengths + (lengths.sum(0).cumsum(0) - lengths.sum(0))
+        values = pieces[0].values.new_empty(int(lengths.sum()))
+        for piece, start in zip(pieces, starts, strict=True):
+            values[_spread(start, piece.lengths)] = piece.values
+        return cls.of_lengths(values, lengths.sum(0))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def lengths(self) -> Tensor:
+        """How long each sequence is: [n] int64."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    def select(self, rows: Tensor) -> Ragged:
+        """The given rows, in the given order, one gather: rows [m] int64."""
+        lengths = self.lengths[rows]
+        return Ragged.of_lengths(self.values[_spread(self.offsets[rows], lengths)], lengths)
+
+    def truncate(self, length: int | Tensor) -> Ragged:
+        """At most the first ``length`` values of each row; one limit for all or one per row [n]."""
+        lengths = torch.minimum(self.lengths, torch.as_tensor(length, device=self.offsets.device))
+        return Ragged.of_lengths(self.values[_spread(self.offsets[:-1], lengths)], lengths)
+
+    def padded(self, fill: int | float) -> tuple[Tensor, Tensor]:
+        """Values [n, longest] with ``fill`` after each row's end, and the mask of what is real."""
+        longest = int(self.lengths.max()) if len(self) else 0
+        mask = torch.arange(longest, device=self.offsets.device) < self.lengths[:, None]
+        padded = self.values.new_full((len(self), longest), fill)
+        padded[mask] = self.values
+        return padded, mask
+
+    def to(self, device: torch.device | str) -> Ragged:
+        return Ragged(self.values.to(device), self.offsets.to(device))
+
+    def tolist(self) -> list[list[Any]]:
+        return [self[row].tolist() for row in range(len(self))]
+
+
+def _spread(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Positions start, start + 1, ..., start + length - 1 of every row, end to end: [sum of lengths]."""
+    ends = lengths.cumsum(0)
+    within = torch.arange(int(ends[-1]) if len(ends) else 0, device=lengths.device)
+    return within + torch.repeat_interleave(starts - (ends - lengths), lengths)
+
+
+Column = Tensor | Ragged
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B queries that list N candidates each, out of the P distinct candidates of the batch.
+
+    ``index`` says which of the P a query lists, positives first; P may hold candidates that nobody
+    lists. B, N or P may be 0 (a batch of texts only has B = 0). Columns are by name: text is a Ragged
+    of token ids, once per tokenizer and prompt. A candidate's id stands for its text: two candidates
+    with equal text have one id, so a false negative is found by id and by text at once.
+    """
+
+    index: Tensor  # [B, N] int64, which of the P
+    mask: Tensor  # [B, N] bool, which entries are real
+    query_ids: Tensor  # [B] int64, the query's row in its source
+    candidate_ids: Tensor  # [P] int64, the candidate's row in its source, distinct
+    labels: Tensor | None = None  # [B, N] float32, what the data says; None: the source has no labels
+    draws: Tensor | None = None  # [P] int64, how often each candidate was drawn; None: once
+    known_positives: Ragged | None = None  # candidate ids per query, in the batch or not
+    queries: Mapping[str, Column] = field(default_factory=dict)  # B rows each
+    candidates: Mapping[str, Column] = field(default_factory=dict)  # P rows each
+    source: str = ""  # the data set's name in the recipe
+    stored: Mapping[str, Any] = field(default_factory=dict)  # node -> Outputs known beforehand
+
+    @classmethod
+    def of_scores(cls, queries: int, candidates: int, labels: Tensor | None = None) -> Batch:
+        """A batch in which each query lists ``candidates`` of its own: for examples and tests."""
+        shape = (queries, candidates)
+        if labels is None:
+            labels = torch.zeros(shape)
+            labels[:, :1] = 1.0
+        return cls(
+            index=torch.arange(queries * candidates).reshape(shape),
+            mask=torch.ones(shape, dtype=torch.bool),
+            query_ids=torch.arange(queries),
+            candidate_ids=torch.arange(queries * candidates),
+            labels=labels,
+        )
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """B, N, P."""
+        return *self.index.shape, len(self.candidate_ids)  # type: ignore[return-value]
+
+    def view(self, query_columns: Iterable[str], candidate_columns: Iterable[str]) -> Batch:
+        """The same batch with only the named columns: what a model did not ask for cannot reach it."""
+        return replace(
+            self,
+            queries={name: self.queries[name] for name in query_columns},
+            candidates={name: self.candidates[name] for name in candidate_columns},
+            stored={},
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        def move(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: move(item) for name, item in value.items()}
+            return value.to(device) if hasattr(value, "to") else value
+
+        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})

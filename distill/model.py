@@ -1,0 +1,82 @@
+"""The two contracts of a model: Model (can be asked about a batch) and Encoder (can be indexed)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from distill.batch import Batch
+from distill.outputs import Needs, Outputs
+
+if TYPE_CHECKING:
+    from distill.nn.tokenizer import TextColumn
+
+
+class Model(nn.Module, ABC):
+    """A node of the graph: a teacher, a student, or both.
+
+    ``represent`` does the heavy part, one row at a time: what it says about a query, a candidate or a
+    listed pair never depends on another row. ``compare`` does the light part over rows already
+    represented. The framework gathers, caches and stores between the two.
+    """
+
+    shares: ClassVar[frozenset[str]] = frozenset()  # attributes that `ref: node.attribute` may name
+    of: tuple[str, ...] = ()  # names of the nodes this one is built from
+
+    @property
+    @abstractmethod
+    def provides(self) -> frozenset[str]:
+        """Fields of Outputs that this built model can answer."""
+
+    @property
+    @abstractmethod
+    def reads(self) -> tuple[tuple[TextColumn, ...], tuple[TextColumn, ...]]:
+        """The columns read of queries and of candidates."""
+
+    @abstractmethod
+    def represent(self, batch: Batch, needs: Needs) -> Outputs:
+        """Answer, row by row, what ``compare`` will need for ``needs``."""
+
+    def compare(self, outputs: Outputs, batch: Batch, needs: Needs) -> Outputs:
+        """Fill the fields of ``needs`` that follow from rows already represented."""
+        return outputs
+
+    def of_needs(self, needs: Needs) -> Needs:
+        """What a node built from others asks of them, to answer ``needs``."""
+        return needs
+
+    def represent_of(self, heard: Mapping[str, Outputs], batch: Batch, needs: Needs) -> Outputs:
+        """``represent`` of a node built from others: ``heard`` is what each of ``self.of`` said."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be built `of` another node.")
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights (safetensors), configuration and tokenizer to ``folder``."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+class Encoder(Model):
+    """A model whose candidates are encoded once, and searched in an index."""
+
+    search: ClassVar[str] = "dot"  # how its vectors are compared
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """D, the size of a vector."""
+
+    @abstractmethod
+    def encode_queries(self, queries: Sequence[Any], progress: bool = False) -> Tensor:
+        """Vectors [n, D] float32 on the CPU, of n raw queries."""
+
+    @abstractmethod
+    def encode_candidates(self, candidates: Sequence[Any], progress: bool = False) -> Tensor:
+        """Vectors [n, D] float32 on the CPU, of n raw candidates."""

@@ -1,0 +1,1 @@
+"""What both teachers and students build on."""
