@@ -1,0 +1,109 @@
+"""Distillation in the space of vectors: the student's embedding of a text against the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill.batch import Batch
+from distill.objectives.base import Objective
+from distill.objectives.checks import check_choice, check_shapes, said
+from distill.outputs import Needs, Outputs
+
+
+def embedding_distance(student: Tensor, teacher: Tensor, distance: str = "cosine") -> Tensor:
+    """How far each student vector is from the teacher's: two [R, D] to [R]."""
+    check_shapes(student=student, teacher=teacher)
+    student, teacher = student.float(), teacher.float()
+    if distance == "mse":
+        return (student - teacher).square().sum(dim=-1)
+    return 1.0 - F.cosine_similarity(student, teacher, dim=-1)
+
+
+class EmbeddingMatch(Objective):
+    r"""Teach the student to put every text where the teacher puts it. No labels, no negatives.
+
+    .. math:: L_r = 1 - \cos(W e^S_r, e^T_r) \quad\text{or}\quad L_r = \lVert W e^S_r - e^T_r \rVert^2
+
+    with the vectors :math:`e^S_r` of the student and :math:`e^T_r` of the teacher for text r: the batch's
+    queries, then its distinct candidates, each a row of the loss with count 1 (R = B + P). W
+    is a learned linear map, one for both fields, or the identity. A student matched with the identity
+    can search an index its teacher built. W lives in the objective and is gone after training; where
+    the student should serve in the teacher's size, give the student a projection instead.
+
+    Needs ``queries`` [B, D] and ``candidates`` [P, D], or the one of them named in ``fields``, from
+    student and teacher.
+
+    Args:
+        fields: Which vectors to match: "queries", "candidates" or both.
+        distance: "cosine": one minus the cosine, blind to length. "mse": the squared Euclidean
+            distance, summed over the D dimensions (not their mean, which would shrink with D).
+        projection: True: learn W. False: compare as they are, and refuse vectors of two sizes.
+            None: learn W only if the sizes differ.
+
+    References:
+        Kim et al., 2023. EmbedDistill: A Geometric Knowledge Distillation for Information Retrieval.
+        arXiv:2301.12005
+
+        Vujanic and Rueckstiess, 2025. LEAF (L2 between projected student and teacher, here squared).
+        arXiv:2509.12539
+
+    Example:
+        >>> batch = Batch.of_scores(1, 1)
+        >>> student = Outputs(queries=torch.tensor([[2.0, 0.0]]), candidates=torch.tensor([[0.0, 1.0]]))
+        >>> teacher = Outputs(queries=torch.tensor([[1.0, 0.0]]), candidates=torch.tensor([[1.0, 0.0]]))
+        >>> EmbeddingMatch()(student, teacher, batch).loss  # the query fits, the candidate does not
+        tensor([0., 1.])
+    """
+
+    def __init__(
+        self,
+        fields: Sequence[Literal["queries", "candidates"]] = ("queries", "candidates"),
+        distance: Literal["cosine", "mse"] = "cosine",
+        projection: bool | None = None,
+    ):
+        if isinstance(fields, str) or not fields or set(fields) - {"queries", "candidates"}:
+            raise ValueError(f"fields must be a list of queries, candidates or both; got {fields!r}.")
+        check_choice("distance", distance, ("cosine", "mse"))
+        super().__init__(student_needs=Needs(*fields), teacher_needs=Needs(*fields))
+        self.fields = tuple(name for name in ("queries", "candidates") if name in fields)
+        self.distance = distance
+        self.projection = projection
+        self.linear: nn.Linear | None = None
+
+    def bind(self, student_sizes: dict[str, int], teacher_sizes: dict[str, int]) -> None:
+        """Make W, shared by the fields, where it is asked for or needed; orthogonal at the start."""
+        sizes = {(student_sizes[name], teacher_sizes[name]) for name in self.fields}
+        if len(sizes) > 1:
+            raise ValueError(
+                "EmbeddingMatch has one projection, but queries and candidates differ in size: student "
+                f"{student_sizes}, teacher {teacher_sizes}. Match them with two losses, one field each."
+            )
+        ((student, teacher),) = sizes
+        if self.projection is False and student != teacher:
+            raise ValueError(
+                f"EmbeddingMatch cannot compare student vectors of size {student} with teacher vectors of "
+                f"size {teacher} without a projection. Leave out `projection: false`, or give the student "
+                f"a projection to {teacher}."
+            )
+        if self.projection or student != teacher:
+            self.linear = nn.Linear(student, teacher, bias=False)
+            nn.init.orthogonal_(self.linear.weight)
+
+    def count(self, batch: Batch) -> Tensor:
+        queries, _, candidates = batch.sizes
+        rows = {"queries": queries, "candidates": candidates}
+        return torch.ones(sum(rows[name] for name in self.fields), device=batch.mask.device)
+
+    def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
+        assert self.linear is not None or not self.projection, "bind() comes before the first loss"
+        vectors = torch.cat([said(student, name).float() for name in self.fields])
+        if self.linear is not None:
+            with torch.autocast(vectors.device.type, enabled=False):  # W in float32, as all of the loss
+                vectors = self.linear(vectors)
+        taught = torch.cat([said(teacher, name).float() for name in self.fields])
+        return embedding_distance(vectors, taught, self.distance)
