@@ -3,7 +3,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq --constraint constraints.txt
 RECIPE := $(if $(filter cross,$(TEACHER)),quickstart_cross,quickstart)
 
 .DEFAULT_GOAL := help

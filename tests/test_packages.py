@@ -14,7 +14,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("distill", "teachers", "students")
-MAY_IMPORT = {"distill": set(), "teachers": {"distill"}, "students": {"distill"}}
+BUILT_FROM = ("pyproject.toml", "setup.py", "LICENSE")
+MAY_IMPORT: dict[str, set[str]] = {"distill": set(), "teachers": {"distill"}, "students": {"distill"}}
 
 
 def imported(source: str) -> Iterator[str]:
@@ -57,8 +58,8 @@ def test_the_wheel_carries_every_file_of_the_packages_and_the_recipes(tmp_path: 
     unwanted = shutil.ignore_patterns("__pycache__", ".*")
     for folder in (*PACKAGES, "recipes"):
         shutil.copytree(REPOSITORY / folder, build / folder, ignore=unwanted)
-    for name in ("pyproject.toml", "setup.py", "LICENSE"):
-        shutil.copy(REPOSITORY / name, build / name)
+    for file in (*REPOSITORY.glob("*.md"), *(REPOSITORY / name for name in BUILT_FROM)):
+        shutil.copy(file, build)
     expected = {
         f"distill/{path}" if path.startswith("recipes/") else path
         for path in (p.relative_to(build).as_posix() for p in build.glob("*/**/*") if p.is_file())
