@@ -56,6 +56,11 @@ class Ragged:
             values[_spread(start, piece.lengths)] = piece.values
         return cls.of_lengths(values, lengths.sum(0))
 
+    @classmethod
+    def stack(cls, parts: Sequence[Ragged]) -> Ragged:
+        """The rows of all parts, one part after the other."""
+        return cls.of_lengths(torch.cat([p.values for p in parts]), torch.cat([p.lengths for p in parts]))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

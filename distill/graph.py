@@ -1,0 +1,284 @@
+"""The graph: nodes are models, arrows are losses. The one place where distillation happens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distill.batch import Batch
+from distill.errors import RecipeError
+from distill.model import Model
+from distill.nn.tokenizer import TextColumn
+from distill.objectives.base import Loss, Objective
+from distill.outputs import Needs, Outputs
+
+Weight = float | Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Arrow:
+    """A loss: what ``tail`` (a node, None for the labels) says teaches ``head``.
+
+    Args:
+        name: In the log, the report and in errors.
+        head: The node that learns.
+        tail: The node that teaches.
+        weight: A number, or [progress, weight] points with straight lines between them; progress runs
+            from 0 to 1 over the training, two points at one progress make a step. At 0 the arrow is closed.
+        detach: Whether the teacher's words are constants here.
+        data: Names of the sources it is limited to; None: all.
+    """
+
+    name: str
+    objective: Objective
+    head: str
+    tail: str | None = None
+    weight: Weight = 1.0
+    detach: bool = True
+    data: tuple[str, ...] | None = None
+
+    def weight_at(self, progress: float) -> float:
+        """The weight at a progress in [0, 1].
+
+        >>> Arrow("a", None, "student", weight=[[0, 0], [0.2, 0], [0.2, 0.5]]).weight_at(0.1)
+        0.0
+        """
+        if isinstance(self.weight, int | float):
+            return float(self.weight)
+        points = [(float(at), float(value)) for at, value in self.weight]
+        if progress < points[0][0]:
+            return points[0][1]
+        for (left, low), (right, high) in zip(points, points[1:], strict=False):
+            if left <= progress < right:
+                return low + (high - low) * (progress - left) / (right - left)
+        return points[-1][1]
+
+    def is_open(self, progress: float, source: str) -> bool:
+        return (self.data is None or source in self.data) and self.weight_at(progress) != 0.0
+
+
+class DistillationGraph(nn.Module):
+    """Models and the losses between them.
+
+    Each model is asked once per batch, for the union of what its open arrows need; a model that no open
+    arrow hears is not run. Frozen models answer in eval mode and without gradient, at every step.
+
+    Args:
+        nodes: Models by name.
+        arrows: The losses.
+        trained: Names of the nodes that learn.
+        keep: The node that is kept.
+    """
+
+    def __init__(
+        self, nodes: Mapping[str, Model], arrows: Sequence[Arrow], trained: Iterable[str], keep: str = "student"
+    ):
+        super().__init__()
+        self.nodes: dict[str, Model] = dict(nodes)
+        self._nodes = nn.ModuleDict(self.nodes)  # for parameters(), to() and state_dict()
+        self.arrows = tuple(arrows)
+        self.objectives = nn.ModuleDict({arrow.name: arrow.objective for arrow in arrows})
+        self.trained = frozenset(trained)
+        self.keep = keep
+        self.autocast: Callable[[], AbstractContextManager] = nullcontext  # of the heavy half
+        for name, node in self.nodes.items():
+            node.requires_grad_(name in self.trained)
+        for name in self.trained:  # what a frozen node shares with a trained one learns (check refuses it)
+            self.nodes[name].requires_grad_(True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> DistillationGraph:
+        super().train(mode)
+        for name, node in self.nodes.items():
+            if name not in self.trained:
+                node.eval()
+        return self
+
+    def forward(self, batch: Batch, progress: float = 0.0) -> dict[str, Loss]:
+        """Each open arrow's summed loss and count per row, by name, without its weight.
+
+        Args:
+            batch: With the columns that every node reads.
+            progress: How far the training is, in [0, 1].
+        """
+        arrows = self.open_arrows(progress, batch.source)
+        asked = self.asked(arrows)
+        said = self.represent(batch, asked)
+        said = {name: self._compare(name, outputs, batch, asked[name]) for name, outputs in said.items()}
+        return {
+            arrow.name: arrow.objective(said[arrow.head], self._heard(arrow, said), batch) for arrow in arrows
+        }
+
+    def open_arrows(self, progress: float, source: str = "") -> list[Arrow]:
+        return [arrow for arrow in self.arrows if arrow.is_open(progress, source)]
+
+    def asked(self, arrows: Iterable[Arrow]) -> dict[str, Needs]:
+        """What each heard node must answer, in an order in which nodes built from others come last."""
+        needs: dict[str, Needs] = {}
+        for arrow in arrows:
+            needs[arrow.head] = needs.get(arrow.head, Needs()) | arrow.objective.student_needs
+            if arrow.tail is not None:
+                needs[arrow.tail] = needs.get(arrow.tail, Needs()) | arrow.objective.teacher_needs
+        order = self.order()
+        for name in reversed(order):
+            if name in needs:
+                for below in self.nodes[name].of:
+                    needs[below] = needs.get(below, Needs()) | self.nodes[name].of_needs(needs[name])
+        return {name: needs[name] for name in order if name in needs}
+
+    def order(self) -> list[str]:
+        """Node names, each after the nodes it is built from."""
+        order: list[str] = []
+
+        def visit(name: str, path: tuple[str, ...]) -> None:
+            if name in path:
+                raise RecipeError(f"models: {' -> '.join((*path, name))} are built from each other (`of`).")
+            if name not in order:
+                for below in self.nodes[name].of:
+                    visit(below, (*path, name))
+                order.append(name)
+
+        for name in self.nodes:
+            visit(name, ())
+        return order
+
+    def represent(self, batch: Batch, asked: Mapping[str, Needs]) -> dict[str, Outputs]:
+        """The heavy half: what each node says row by row; known answers are taken from the batch."""
+        said: dict[str, Outputs] = {}
+        for name, needs in asked.items():
+            stored = batch.stored.get(name)
+            if stored is not None and name not in self.trained and needs.fields <= dict(stored.given()).keys():
+                said[name] = stored
+                continue
+            node = self.nodes[name]
+            view = batch.view(*([column.key for column in columns] for columns in node.reads))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and name in self.trained), self.autocast():
+                if node.of:
+                    said[name] = node.represent_of({n: said[n] for n in node.of}, view, needs)
+                else:
+                    said[name] = node.represent(view, needs)
+        return said
+
+    def _compare(self, name: str, outputs: Outputs, batch: Batch, needs: Needs) -> Outputs:
+        if needs.fields <= dict(outputs.given()).keys():
+            return outputs
+        with torch.set_grad_enabled(torch.is_grad_enabled() and name in self.trained):
+            return self.nodes[name].compare(outputs, batch, needs)
+
+    @staticmethod
+    def _heard(arrow: Arrow, said: Mapping[str, Outputs]) -> Outputs | None:
+        if arrow.tail is None:
+            return None
+        return said[arrow.tail].detach() if arrow.detach else said[arrow.tail]
+
+    def columns(self) -> tuple[list[TextColumn], list[TextColumn]]:
+        """The text columns that the nodes read, of queries and of candidates, each once."""
+        sides: tuple[dict[str, TextColumn], dict[str, TextColumn]] = ({}, {})
+        for name in self.asked(self.arrows):
+            for side, columns in zip(sides, self.nodes[name].reads, strict=True):
+                side.update({column.key: column for column in columns})
+        return list(sides[0].values()), list(sides[1].values())
+
+    def counts(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """Over how many terms each open arrow sums on this batch, before anything is run."""
+        return {
+            arrow.name: arrow.objective.count(batch).sum() for arrow in self.open_arrows(progress, batch.source)
+        }
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name; one that is shared comes once."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def check(self, sources: Mapping[str, bool] | None = None) -> None:
+        """Refuse a graph that cannot be trained; every mistake in one message.
+
+        Args:
+            sources: Which data sets there are, and whether each has labels.
+
+        Raises:
+            RecipeError: An arrow from or to nowhere, an objective that needs what a node lacks, a trained
+                node without an arrow in, a frozen node that shares parameters with a trained one, ...
+        """
+        problems = [problem for arrow in self.arrows for problem in self._arrow_problems(arrow, sources or {})]
+        if self.keep not in self.nodes:
+            problems.append(
+                f"models: there is no node '{self.keep}' to keep; "
+                + ("name one `student`, or name the node to keep with `keep: NODE`." if self.nodes else "none at all.")
+            )
+        elif self.keep not in self.trained:
+            problems.append(f"models.{self.keep}: the node to keep must be trained; remove `train: false`.")
+        heads = {arrow.head for arrow in self.arrows}
+        learn_through = {below for name in heads if name in self.nodes for below in self._below(name)}
+        for name in sorted(self.trained - heads - learn_through):
+            problems.append(f"models.{name}: it is trained, but no arrow leads to it; add one or set `train: false`.")
+        frozen = {id(p): n for n, node in self.nodes.items() if n not in self.trained for p in node.parameters()}
+        for name in sorted(self.trained):
+            shared = {frozen[id(p)] for p in self.nodes[name].parameters() if id(p) in frozen}
+            problems += [
+                f"models.{other}: it is frozen but shares parameters with the trained '{name}'; "
+                f"train both or use `of: {name}`."
+                for other in sorted(shared)
+            ]
+        if problems:
+            raise RecipeError("\n".join(problems))
+
+    def _below(self, name: str) -> set[str]:
+        below = set(self.nodes[name].of) & self.nodes.keys()
+        return below | {deeper for node in below for deeper in self._below(node)}
+
+    def _arrow_problems(self, arrow: Arrow, sources: Mapping[str, bool]) -> Iterable[str]:
+        where, objective = f"losses.{arrow.name}", arrow.objective
+        kind = type(objective).__name__
+        for key, name in (("to", arrow.head), ("from", arrow.tail)):
+            if name is not None and name not in self.nodes:
+                yield f"{where}.{key}: there is no model '{name}'; there are {', '.join(self.nodes) or 'none'}."
+        if arrow.head in self.nodes and arrow.head not in self.trained:
+            yield f"{where}.to: '{arrow.head}' is frozen and cannot learn; set `train: true` on it."
+        for side, name, needs in (
+            ("student", arrow.head, objective.student_needs),
+            ("teacher", arrow.tail, objective.teacher_needs),
+        ):
+            if name is None and needs:
+                yield (
+                    f"{where}: {kind} compares with a teacher's {', '.join(sorted(needs.fields))}; "
+                    f"say which node with `from:`."
+                )
+            if name not in self.nodes:
+                continue
+            provides = self.nodes[name].provides
+            if missing := needs.fields - provides:
+                yield (
+                    f"{where}: {kind} needs {', '.join(sorted(missing))} from the {side}, but '{name}' "
+                    f"({type(self.nodes[name]).__name__}) provides only {', '.join(sorted(provides))}. "
+                    f"Choose a {side} that provides it, or take this arrow out of the recipe."
+                )
+        if arrow.tail is not None and not objective.teacher_needs:
+            yield f"{where}.from: {kind} hears no teacher, only labels; remove `from`."
+        for name in arrow.data or ():
+            if sources and name not in sources:
+                yield f"{where}.data: there is no data set '{name}'; there are {', '.join(sources)}."
+        heard = [name for name in sources if arrow.data is None or name in arrow.data]
+        if objective.labelled and (bare := [name for name in heard if not sources[name]]):
+            yield (
+                f"{where}: {kind} reads labels, and data set '{bare[0]}' has none; "
+                f"limit the arrow with `data: [...]` to those that have."
+            )
+        yield from self._weight_problems(where, arrow.weight)
+
+    @staticmethod
+    def _weight_problems(where: str, weight: Weight) -> Iterable[str]:
+        points = [[0.0, weight]] if isinstance(weight, int | float) else weight
+        if not points or any(len(point) != 2 for point in points):
+            yield f"{where}.weight: {weight} is neither a number nor a list of [progress, weight] points."
+            return
+        if any(not math.isfinite(value) for point in points for value in point):
+            yield f"{where}.weight: {weight} holds a number that is not finite."
+        if any(a[0] > b[0] for a, b in zip(points, points[1:], strict=False)) or not 0 <= points[-1][0] <= 1:
+            yield f"{where}.weight: the progress of the points {weight} must rise within 0 to 1."
+        if all(value == 0 for _, value in points):
+            yield f"{where}.weight: it is 0 all the time, so the arrow never opens; remove it."

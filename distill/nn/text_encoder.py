@@ -1,0 +1,157 @@
+"""A transformer over Ragged ids: padding, chunks and precision live here and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distill.batch import Ragged
+from distill.errors import RecipeError
+from distill.nn.precision import native_bf16
+from distill.nn.tokenizer import TextTokenizer
+
+Head = Callable[[object, Tensor], Tensor]  # (output of the transformer for a chunk, mask [n, T]) -> [n, ...]
+
+
+class TextEncoder(nn.Module):
+    """Runs a ``transformers`` model over texts of all lengths without wasting work on padding.
+
+    Texts are sorted by length and cut into chunks of about ``chunk_tokens`` padded ids, so that a chunk
+    holds texts of nearly one length; the results come back in the order of the texts. With gradient, the
+    word embeddings of all chunks are looked up at once (one dense gradient of the table per step, not one
+    per chunk). Without gradient and on a device with native bf16, a bf16 copy of the weights answers,
+    made again when the weights change.
+
+    Args:
+        backbone: A ``PreTrainedModel``.
+        tokenizer: Its tokenizer.
+        chunk_tokens: Padded ids per chunk; None chooses 4,096 on a CPU, 65,536 on a GPU.
+    """
+
+    def __init__(self, backbone: nn.Module, tokenizer: TextTokenizer, chunk_tokens: int | None = None):
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.chunk_tokens = chunk_tokens
+        self._half: tuple[tuple[int, ...], nn.Module] | None = None
+
+    def forward(self, ids: Ragged, types: Ragged | None, head: Head) -> Tensor:
+        """What ``head`` makes of each text: [n, ...] float32.
+
+        Args:
+            ids: Framed ids, n texts of at least one id each.
+            types: Segments, aligned with ids; None where the model has none.
+            head: From the transformer's output for a chunk of m texts, and its mask [m, T], to [m, ...].
+        """
+        rows, parts = [], []
+        for chunk, output, mask in self.chunks(ids, types):
+            with torch.autocast(mask.device.type, enabled=False):
+                parts.append(head(output, mask).float())
+            rows.append(chunk)
+        order = torch.cat(rows)
+        return torch.cat(parts)[order.argsort()]
+
+    def chunks(self, ids: Ragged, types: Ragged | None) -> Iterator[tuple[Tensor, object, Tensor]]:
+        """Rows, output and mask of each chunk, shortest texts first."""
+        device = next(self.backbone.parameters()).device
+        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
+        backbone = self.backbone if learning or self.training else self._serving(device)
+        budget = self.chunk_tokens or (4096 if device.type == "cpu" else 65536)
+        embedded = None
+        if learning:
+            words = self.backbone.get_input_embeddings()(ids.values.to(device))
+            embedded = torch.cat([words, words.new_zeros(1, words.shape[-1])])  # the last row pads
+        for rows in self.cut(ids.lengths, budget):
+            chunk = ids.select(rows)
+            padded, mask = chunk.to(device).padded(self.tokenizer.pad_id)
+            given = {"attention_mask": mask.long()}
+            if embedded is None:
+                given["input_ids"] = padded.long()
+            else:
+                places = Ragged(torch.arange(len(ids.values), dtype=torch.int64), ids.offsets).select(rows)
+                given["inputs_embeds"] = embedded[places.to(device).padded(len(ids.values))[0]]
+            if types is not None:
+                given["token_type_ids"] = types.select(rows).to(device).padded(0)[0].long()
+            yield rows.to(device), backbone(**given), mask
+
+    @staticmethod
+    def cut(lengths: Tensor, budget: int) -> list[Tensor]:
+        """Rows by length, cut where rows times longest would pass the budget; a single row always fits."""
+        order = torch.argsort(lengths, stable=True)
+        ends: list[int] = []
+        start = 0
+        for place, length in enumerate(lengths[order].tolist()):
+            if place > start and (place + 1 - start) * length > budget:
+                ends.append(place)
+                start = place
+        bounds = [0, *ends, len(order)] if len(order) else [0]
+        return [order[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+    def _serving(self, device: torch.device) -> nn.Module:
+        """The weights to answer with when nothing is learnt: a bf16 copy where that is faster."""
+        parameters = list(self.backbone.parameters())
+        if parameters[0].dtype != torch.float32 or not torch.is_autocast_enabled(device.type):
+            return self.backbone
+        if torch.get_autocast_dtype(device.type) != torch.bfloat16 or not native_bf16(device):
+            return self.backbone
+        state = tuple(p._version for p in parameters) + (parameters[0].data_ptr(),)
+        if self._half is None or self._half[0] != state:
+            half = copy.deepcopy(self.backbone).to(torch.bfloat16)
+            self._half = (state, half.eval().requires_grad_(False))
+        return self._half[1]
+
+
+def keep_layers(backbone: nn.Module, layers: int | Sequence[int]) -> None:
+    """Keep the first n, or the listed, layers of a transformer, in place; negative numbers count from the end."""
+    config = backbone.config
+    total = config.num_hidden_layers
+    wanted = list(range(layers)) if isinstance(layers, int) else [i % total if -total <= i else i for i in layers]
+    if not wanted or min(wanted) < 0 or max(wanted) >= total:
+        raise RecipeError(f"layers: {layers} cannot be kept, the checkpoint has {total} layers (0 to {total - 1}).")
+    stacks = [
+        (parent, name, child)
+        for parent in backbone.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == total
+    ]
+    if len(stacks) != 1:
+        raise RecipeError(
+            f"layers: cannot tell which modules of {type(backbone).__name__} are its {total} layers "
+            f"({len(stacks)} lists have that length); leave `layers` out for this checkpoint."
+        )
+    parent, name, stack = stacks[0]
+    setattr(parent, name, nn.ModuleList(stack[i] for i in wanted))
+    config.num_hidden_layers = len(wanted)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in wanted]
+
+
+def load_backbone(auto_class: type, checkpoint: str, **arguments) -> nn.Module:
+    """A ``transformers`` model in float32, without its loading report; remote code is never run."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model = auto_class.from_pretrained(
+            checkpoint, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, **arguments
+        )
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+    return model
+
+
+def in_slices(n: int, size: int, progress: bool, what: str) -> Iterator[slice]:
+    """Slices of n rows, with a progress bar on a terminal when asked."""
+    from tqdm import tqdm
+
+    with tqdm(total=n, unit=what, disable=None if progress else True, leave=False) as bar:
+        for start in range(0, n, size):
+            yield slice(start, start + size)
+            bar.update(min(size, n - start))

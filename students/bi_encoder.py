@@ -1,0 +1,246 @@
+"""The bi-encoder: queries and candidates are encoded apart and compared by a dot product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill.batch import Batch, Ragged
+from distill.hub import Dense, EncoderLayout, Side, read_encoders, resolve_checkpoint, write_encoder, write_two_encoders
+from distill.model import Encoder
+from distill.nn.precision import Precision, serving_autocast
+from distill.nn.text_encoder import TextEncoder, in_slices, keep_layers, load_backbone
+from distill.nn.tokenizer import TextColumn, TextTokenizer
+from distill.outputs import Needs, Outputs
+
+Pooling = Literal["mean", "cls", "lasttoken"]
+
+
+class BiEncoder(Encoder):
+    """One transformer, or one per side, pooled into a vector per text.
+
+    The score of a pair is the dot product of its vectors, the cosine when they are normalised. What is
+    not given is taken from the checkpoint where it says so (a sentence-transformers folder), else mean
+    pooling and normalised vectors.
+
+    Provides ``queries`` [B, D], ``candidates`` [P, D], ``scores`` [B, N] and ``in_batch`` [B, P].
+
+    Args:
+        checkpoint: Hub name, folder, or ``package:NAME/FOLDER``.
+        pooling: ``mean`` over real tokens, ``cls`` (the first) or ``lasttoken`` (the last real one).
+        normalize: Vectors of length 1.
+        dim: D, by a learned projection without bias; None keeps the checkpoint's size.
+        encoders: ``shared``: one for both sides; ``separate``: one each, from the same checkpoint.
+        encoder: The encoder of another node, shared (``{ref: student.encoder}``).
+        layers: Keep the first n, or these, layers of the checkpoint.
+        max_length: Ids of a candidate with its special ones; None takes the checkpoint's.
+        query_max_length: Ids of a query; None is ``max_length``.
+        query_prompt: Put before each query; None takes the checkpoint's.
+        candidate_prompt: Put before each candidate; None takes the checkpoint's.
+        activation_checkpointing: Compute activations again in the backward: less memory, more time.
+        chunk_tokens: See :class:`distill.nn.text_encoder.TextEncoder`.
+        precision: Of encoding outside training: ``auto``, ``no`` (float32), ``bf16``.
+
+    References:
+        Reimers and Gurevych, 2019. Sentence-BERT. arXiv:1908.10084
+    """
+
+    shares = frozenset({"encoder"})
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
+        dim: int | None = None,
+        encoders: Literal["shared", "separate"] | None = None,
+        encoder: TextEncoder | None = None,
+        layers: int | Sequence[int] | None = None,
+        max_length: int | None = None,
+        query_max_length: int | None = None,
+        query_prompt: str | None = None,
+        candidate_prompt: str | None = None,
+        activation_checkpointing: bool = False,
+        chunk_tokens: int | None = None,
+        precision: Precision = "auto",
+    ):
+        super().__init__()
+        from transformers import AutoModel
+
+        layouts = read_encoders(resolve_checkpoint(checkpoint))
+        separate = encoders == "separate" or (encoders is None and layouts[0] is not layouts[1])
+        if encoder is not None and (separate or layers is not None):
+            raise ValueError("a shared `encoder` is taken as it is: leave out `layers` and `encoders: separate`.")
+
+        def tower(layout: EncoderLayout) -> Tower:
+            text = encoder
+            if text is None:
+                folder = str(layout.transformer_folder)
+                backbone = load_backbone(AutoModel, folder)
+                if layers is not None:
+                    keep_layers(backbone, layers)
+                if activation_checkpointing:
+                    backbone.gradient_checkpointing_enable()
+                text = TextEncoder(backbone, TextTokenizer.from_pretrained(folder), chunk_tokens)
+            dense = [part.module() for part in layout.dense]
+            size = layout.dense[-1].weight.shape[0] if layout.dense else text.backbone.config.hidden_size
+            if dim is not None and dim != size:
+                dense.append(nn.Sequential(nn.Linear(size, dim, bias=False)))
+            return Tower(
+                text, pooling or layout.pooling, layout.normalize if normalize is None else normalize, dense
+            )
+
+        self.query_tower = tower(layouts[0])
+        self.candidate_tower = tower(layouts[1]) if separate else self.query_tower
+        self.max_length = max_length or layouts[1].candidate_length or layouts[1].max_length or 512
+        self.query_max_length = query_max_length or max_length or layouts[0].query_length or self.max_length
+        self.query_prompt = layouts[0].prompts["query"] if query_prompt is None else query_prompt
+        self.candidate_prompt = (
+            layouts[1].prompts["document"] if candidate_prompt is None else candidate_prompt
+        )
+        self.precision = precision
+        self.eval()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **arguments) -> BiEncoder:
+        return cls(folder, **arguments)
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The text encoder, of the queries where there are two."""
+        return self.query_tower.encoder
+
+    @property
+    def dim(self) -> int:
+        return self.query_tower.dim
+
+    @property
+    def provides(self) -> frozenset[str]:
+        return frozenset({"queries", "candidates", "scores", "in_batch"})
+
+    @property
+    def reads(self) -> tuple[tuple[TextColumn, ...], tuple[TextColumn, ...]]:
+        return (self._query_column,), (self._candidate_column,)
+
+    @property
+    def _query_column(self) -> TextColumn:
+        return self.query_tower.encoder.tokenizer.column(self.query_prompt)
+
+    @property
+    def _candidate_column(self) -> TextColumn:
+        return self.candidate_tower.encoder.tokenizer.column(self.candidate_prompt)
+
+    def represent(self, batch: Batch, needs: Needs) -> Outputs:
+        pairwise = "scores" in needs or "in_batch" in needs
+        queries = self._framed_queries(batch.queries[self._query_column.key])
+        candidates = self._framed_candidates(batch.candidates[self._candidate_column.key])
+        if not (pairwise or "candidates" in needs):
+            return Outputs(queries=self.query_tower(queries))
+        if not (pairwise or "queries" in needs):
+            return Outputs(candidates=self.candidate_tower(candidates))
+        if self.query_tower is not self.candidate_tower:
+            return Outputs(queries=self.query_tower(queries), candidates=self.candidate_tower(candidates))
+        vectors = self.query_tower(Ragged.stack([queries, candidates]))  # one pass: fewer, fuller chunks
+        return Outputs(queries=vectors[: len(queries)], candidates=vectors[len(queries) :])
+
+    def compare(self, outputs: Outputs, batch: Batch, needs: Needs) -> Outputs:
+        queries, candidates = outputs.queries, outputs.candidates
+        if "scores" in needs:
+            listed = candidates[batch.index]  # [B, N, D]
+            outputs = outputs.with_(scores=(listed * queries[:, None]).sum(dim=-1))
+        if "in_batch" in needs:
+            outputs = outputs.with_(in_batch=queries @ candidates.T)
+        return outputs
+
+    def _framed_queries(self, ids: Ragged) -> Ragged:
+        return self.query_tower.encoder.tokenizer.frame(ids, self.query_max_length)
+
+    def _framed_candidates(self, ids: Ragged) -> Ragged:
+        return self.candidate_tower.encoder.tokenizer.frame(ids, self.max_length)
+
+    def encode_queries(self, queries: Sequence[str], progress: bool = False) -> Tensor:
+        """Vectors [n, D] float32 on the CPU, of n texts."""
+        return self._encode(queries, self._query_column, self._framed_queries, self.query_tower, progress)
+
+    def encode_candidates(self, candidates: Sequence[str], progress: bool = False) -> Tensor:
+        """Vectors [n, D] float32 on the CPU, of n texts."""
+        tower = self.candidate_tower
+        return self._encode(candidates, self._candidate_column, self._framed_candidates, tower, progress)
+
+    @torch.no_grad()
+    def _encode(self, texts, column: TextColumn, framed, tower: Tower, progress: bool) -> Tensor:
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        vectors = torch.empty(len(texts), self.dim)
+        learning, _ = self.training, self.eval()
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # about the order of ids
+        with serving_autocast(self):
+            for part in in_slices(len(texts), 8192, progress, "texts"):
+                rows = order[part]
+                vectors[rows] = tower(framed(column.encode([texts[row] for row in rows]))).cpu()
+        self.train(learning)
+        return vectors
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that this class, and ``SentenceTransformer(folder)``, opens with equal vectors."""
+        queries, candidates = self._side(self.query_tower), self._side(self.candidate_tower)
+        if self.query_tower is self.candidate_tower:
+            write_encoder(folder, *queries)
+        else:
+            write_two_encoders(folder, queries, candidates)
+
+    def _side(self, tower: Tower) -> Side:
+        shorter = self.query_max_length if self.query_max_length != self.max_length else None
+        layout = EncoderLayout(
+            pooling=tower.pooling,
+            normalize=tower.normalize,
+            dense=tuple(
+                Dense.of(part[0], type(part[1]).__name__ if len(part) > 1 else "Identity") for part in tower.dense
+            ),
+            max_length=max(self.max_length, self.query_max_length),
+            query_length=shorter,
+            candidate_length=self.max_length if shorter else None,
+            prompts={"query": self.query_prompt, "document": self.candidate_prompt},
+            similarity="cosine" if tower.normalize else "dot",
+        )
+        return Side(tower.encoder.backbone, tower.encoder.tokenizer.tokenizer, layout)
+
+
+class Tower(nn.Module):
+    """From framed ids to vectors: transformer, pooling, dense layers, perhaps length 1."""
+
+    def __init__(self, encoder: TextEncoder, pooling: Pooling, normalize: bool, dense: Sequence[nn.Module]):
+        super().__init__()
+        if pooling not in ("mean", "cls", "lasttoken"):
+            raise ValueError(f"pooling must be mean, cls or lasttoken, got '{pooling}'.")
+        self.encoder = encoder
+        self.pooling = pooling
+        self.normalize = normalize
+        self.dense = nn.Sequential(*dense)
+
+    @property
+    def dim(self) -> int:
+        return self.dense[-1][0].out_features if len(self.dense) else self.encoder.backbone.config.hidden_size
+
+    def forward(self, ids: Ragged) -> Tensor:
+        """Vectors [n, D] float32 of n framed texts."""
+        if not len(ids):
+            return torch.zeros(0, self.dim, device=next(self.parameters()).device)
+        pooled = self.encoder(ids, None, lambda output, mask: pool(output.last_hidden_state, mask, self.pooling))
+        with torch.autocast(pooled.device.type, enabled=False):
+            vectors = self.dense(pooled)
+            return F.normalize(vectors, dim=-1) if self.normalize else vectors
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """One vector per text: hidden [n, T, D], mask [n, T] with the padding on the right -> [n, D] float32."""
+    if pooling == "cls":
+        return hidden[:, 0].float()
+    lengths = mask.sum(dim=1)
+    if pooling == "lasttoken":
+        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1].float()
+    return (hidden.float() * mask[..., None]).sum(dim=1) / lengths[:, None]

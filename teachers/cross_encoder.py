@@ -1,0 +1,150 @@
+"""The cross-encoder: reads query and candidate together and gives one logit, or one per class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distill.batch import Batch, Ragged
+from distill.hub import read_cross_encoder, resolve_checkpoint, write_cross_encoder
+from distill.model import Model
+from distill.nn.precision import Precision, serving_autocast
+from distill.nn.text_encoder import TextEncoder, in_slices, keep_layers, load_backbone
+from distill.nn.tokenizer import TextColumn, TextTokenizer
+from distill.outputs import Needs, Outputs
+
+
+class CrossEncoder(Model):
+    """A transformer over ``[CLS] query [SEP] candidate [SEP]`` with a classification head (monoBERT).
+
+    Any ``AutoModelForSequenceClassification`` will do; a checkpoint without a head gets a new one. Pairs
+    are built from the cached ids of each text, never tokenised again, and only the candidate is cut to
+    fit. With one class the score is the raw logit, which keeps margins that a probability loses; with two
+    it is the log-probability of class 1, as in monoBERT.
+
+    Provides ``scores`` [B, N] with one or two classes, ``classes`` [B, N, C] with two or more.
+
+    Args:
+        checkpoint: Hub name, folder, or ``package:NAME/FOLDER``.
+        classes: C; None takes what the checkpoint has, 1 where it has no head.
+        max_length: Ids of a whole pair; None takes what the checkpoint allows, at most 512.
+        query_max_length: Ids of the query inside the pair.
+        layers: Keep the first n, or these, layers of the checkpoint.
+        dropout: Of the transformer's layers and the head, while it is trained; None keeps the checkpoint's.
+        activation_checkpointing: Compute activations again in the backward: less memory, more time.
+        chunk_tokens: See :class:`distill.nn.text_encoder.TextEncoder`.
+        precision: Of scoring outside training: ``auto``, ``no`` (float32), ``bf16``.
+
+    References:
+        Nogueira and Cho, 2019. Passage Re-ranking with BERT. arXiv:1901.04085
+    """
+
+    shares = frozenset({"encoder"})
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        classes: int | None = None,
+        max_length: int | None = None,
+        query_max_length: int = 64,
+        layers: int | Sequence[int] | None = None,
+        dropout: float | None = None,
+        activation_checkpointing: bool = False,
+        chunk_tokens: int | None = None,
+        precision: Precision = "auto",
+    ):
+        super().__init__()
+        from transformers import AutoModelForSequenceClassification
+
+        folder = resolve_checkpoint(checkpoint)
+        layout = read_cross_encoder(folder)
+        arguments = {} if dropout is None else _dropout_arguments(layout.transformer_folder, dropout)
+        backbone = load_backbone(
+            AutoModelForSequenceClassification,
+            layout.transformer_folder,
+            num_labels=classes or layout.num_labels,
+            **arguments,
+        )
+        if layers is not None:
+            keep_layers(backbone, layers)
+        if activation_checkpointing:
+            backbone.gradient_checkpointing_enable()
+        self.classes = backbone.config.num_labels
+        self.max_length = min(max_length or layout.max_length or 512, 512)
+        self.query_max_length = query_max_length
+        self.precision = precision
+        self.encoder = TextEncoder(
+            backbone, TextTokenizer.from_pretrained(layout.transformer_folder), chunk_tokens
+        )
+        self.eval()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **arguments) -> CrossEncoder:
+        return cls(folder, **arguments)
+
+    @property
+    def provides(self) -> frozenset[str]:
+        return frozenset({1: {"scores"}, 2: {"scores", "classes"}}.get(self.classes, {"classes"}))
+
+    @property
+    def column(self) -> TextColumn:
+        return self.encoder.tokenizer.column()
+
+    @property
+    def reads(self) -> tuple[tuple[TextColumn, ...], tuple[TextColumn, ...]]:
+        return (self.column,), (self.column,)
+
+    def represent(self, batch: Batch, needs: Needs) -> Outputs:
+        rows, places = batch.mask.nonzero(as_tuple=True)
+        key = self.column.key
+        logits = self._logits(
+            batch.queries[key].select(rows), batch.candidates[key].select(batch.index[rows, places])
+        )
+        classes = logits.new_zeros(*batch.mask.shape, self.classes)
+        classes[rows, places] = logits
+        answer = Outputs(classes=classes if "classes" in needs else None)
+        return answer.with_(scores=self._scores(classes)) if "scores" in needs else answer
+
+    def _logits(self, queries: Ragged, candidates: Ragged) -> Tensor:
+        """Logits [n, C] of n pairs of cached ids."""
+        if not len(queries):
+            return torch.zeros(0, self.classes, device=self.device)
+        ids, types = self.encoder.tokenizer.frame_pairs(
+            queries, candidates, self.max_length, self.query_max_length
+        )
+        return self.encoder(ids, types, lambda output, mask: output.logits)
+
+    def _scores(self, classes: Tensor) -> Tensor:
+        return classes[..., 0] if self.classes == 1 else classes.log_softmax(dim=-1)[..., 1]
+
+    @torch.no_grad()
+    def score_pairs(
+        self, queries: Sequence[str], candidates: Sequence[str], progress: bool = False
+    ) -> Tensor:
+        """Scores [n] float32 on the CPU, of n raw pairs (classes [n, C] from three classes on)."""
+        scores = []
+        learning, _ = self.training, self.eval()
+        with serving_autocast(self):
+            for part in in_slices(len(queries), 4096, progress, "pairs"):
+                logits = self._logits(
+                    self.column.encode(list(queries[part])), self.column.encode(list(candidates[part]))
+                )
+                scores.append((logits if self.classes > 2 else self._scores(logits)).cpu())
+        self.train(learning)
+        return torch.cat(scores) if scores else torch.zeros(0)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that this class, and the CrossEncoder of sentence-transformers, opens."""
+        write_cross_encoder(folder, self.encoder.backbone, self.encoder.tokenizer.tokenizer, self.max_length)
+
+
+def _dropout_arguments(checkpoint: str | Path, dropout: float) -> dict[str, float]:
+    """The configuration's own names of its dropout probabilities, set to one value."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    names = [name for name in config.to_dict() if "dropout" in name or name.endswith("_drop")]
+    return {name: dropout for name in names if getattr(config, name) is not None}
