@@ -58,8 +58,8 @@ class CrossEntropy(Objective):
         if wrong.any():
             row = int(wrong.any(dim=-1).nonzero()[0])
             raise DataError(
-                f"CrossEntropy needs whole numbers from 0 to {classes.shape[-1] - 1} as labels, one per class "
-                f"of the model, but query {int(batch.query_ids[row])} of data set '{batch.source}' has "
+                f"CrossEntropy needs whole numbers from 0 to {classes.shape[-1] - 1} as labels, one per "
+                f"class of the model, but query {int(batch.query_ids[row])} of data set '{batch.source}' has "
                 f"{labels[row][wrong[row]][0].item():g}. Number the classes from 0, or give the model more."
             )
         return pair_cross_entropy(classes, labels, batch.mask)

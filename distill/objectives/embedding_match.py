@@ -100,10 +100,17 @@ class EmbeddingMatch(Objective):
         return torch.ones(sum(rows[name] for name in self.fields), device=batch.mask.device)
 
     def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
-        assert self.linear is not None or not self.projection, "bind() comes before the first loss"
-        vectors = torch.cat([said(student, name).float() for name in self.fields])
-        if self.linear is not None:
-            with torch.autocast(vectors.device.type, enabled=False):  # W in float32, as all of the loss
-                vectors = self.linear(vectors)
-        taught = torch.cat([said(teacher, name).float() for name in self.fields])
-        return embedding_distance(vectors, taught, self.distance)
+        return torch.cat(
+            [
+                embedding_distance(self.projected(said(student, name)), said(teacher, name), self.distance)
+                for name in self.fields
+            ]
+        )
+
+    def projected(self, vectors: Tensor) -> Tensor:
+        """W times each student vector, or the vectors as they are: [R, D of the teacher]."""
+        if self.linear is None:
+            assert not self.projection, "bind() comes before the first loss"
+            return vectors
+        with torch.autocast(vectors.device.type, enabled=False):  # W in float32, as all of the loss
+            return self.linear(vectors.float())

@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+import torch
+
+from distill.batch import Batch
+from distill.objectives import EmbeddingMatch
+from distill.outputs import Outputs
+
+QUERIES, CANDIDATES = [[1.0, 0.2]], [[1.0, 1.0], [0.0, 1.0]]
+TAUGHT_QUERIES, TAUGHT_CANDIDATES = [[1.0, 0.0]], [[0.6, 0.8], [0.0, 1.0]]
+
+
+def vectors(queries, candidates):
+    return Outputs(queries=torch.tensor(queries), candidates=torch.tensor(candidates))
+
+
+def match(student, teacher, **settings):
+    batch = Batch.of_scores(1, 2)
+    return EmbeddingMatch(**settings)(student, teacher, batch)
+
+
+def test_three_texts_by_their_angle():
+    """Their mean is the 0.009823 that Stella's cosine loss gives for these vectors."""
+    loss, count = match(vectors(QUERIES, CANDIDATES), vectors(TAUGHT_QUERIES, TAUGHT_CANDIDATES))
+    s = np.array(QUERIES + CANDIDATES)
+    t = np.array(TAUGHT_QUERIES + TAUGHT_CANDIDATES)
+    cosines = (s * t).sum(-1) / np.linalg.norm(s, axis=-1) / np.linalg.norm(t, axis=-1)
+    assert loss.tolist() == pytest.approx(1 - cosines, abs=1e-6)
+    assert loss.mean().item() == pytest.approx(0.009823, abs=1e-6)
+    assert count.tolist() == [1, 1, 1]
+
+
+def test_mse_sums_over_the_dimensions():
+    student, teacher = vectors(QUERIES, CANDIDATES), vectors(TAUGHT_QUERIES, TAUGHT_CANDIDATES)
+    loss, _ = match(student, teacher, distance="mse")
+    assert loss.tolist() == pytest.approx([0.04, 0.2, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(("fields", "rows"), [(["queries"], [0]), (["candidates"], [1, 2])])
+def test_only_the_chosen_fields_are_matched(fields, rows):
+    student, teacher = vectors(QUERIES, CANDIDATES), vectors(TAUGHT_QUERIES, TAUGHT_CANDIDATES)
+    every = match(student, teacher)
+    (name,) = fields
+    chosen = EmbeddingMatch(fields)(
+        Outputs(**{name: getattr(student, name)}),
+        Outputs(**{name: getattr(teacher, name)}),
+        Batch.of_scores(1, 2),
+    )
+    torch.testing.assert_close(chosen.loss, every.loss[rows])
+    assert chosen.count.tolist() == [1] * len(rows)
+    assert EmbeddingMatch(fields).student_needs.fields == {name}
+
+
+def test_the_order_of_fields_does_not_matter():
+    student, teacher = vectors(QUERIES, CANDIDATES), vectors(TAUGHT_QUERIES, TAUGHT_CANDIDATES)
+    turned = match(student, teacher, fields=("candidates", "queries"))
+    torch.testing.assert_close(turned, match(student, teacher))
+
+
+def test_a_student_of_another_size_learns_one_projection_for_both_fields():
+    objective = EmbeddingMatch(distance="mse")
+    objective.bind({"queries": 2, "candidates": 2}, {"queries": 3, "candidates": 3})
+    (weight,) = objective.parameters()
+    torch.testing.assert_close(weight.T @ weight, torch.eye(2))  # orthogonal: lengths survive it
+    teacher = torch.randn(3, 3)
+    loss, _ = objective(
+        vectors(QUERIES, CANDIDATES),
+        Outputs(queries=teacher[:1], candidates=teacher[1:]),
+        Batch.of_scores(1, 2),
+    )
+    projected = torch.tensor(QUERIES + CANDIDATES) @ weight.T
+    torch.testing.assert_close(loss, (projected - teacher).square().sum(-1))
+    loss.sum().backward()
+    assert weight.grad.any()
+
+
+@pytest.mark.parametrize(("projection", "parameters"), [(True, 1), (None, 0), (False, 0)])
+def test_equal_sizes_are_projected_only_when_asked(projection, parameters):
+    objective = EmbeddingMatch(projection=projection)
+    objective.bind({"queries": 2, "candidates": 2}, {"queries": 2, "candidates": 2})
+    assert len(list(objective.parameters())) == parameters
+
+
+def test_the_projection_is_saved_with_the_objective():
+    objective = EmbeddingMatch(projection=True)
+    objective.bind({"queries": 2, "candidates": 2}, {"queries": 2, "candidates": 2})
+    assert list(objective.state_dict()) == ["linear.weight"]
+
+
+def test_gradient_turns_the_student_towards_the_teacher():
+    queries = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    teacher = Outputs(queries=torch.tensor([[0.0, 1.0]]))
+    EmbeddingMatch(["queries"])(Outputs(queries=queries), teacher, Batch.of_scores(1, 2)).loss.backward()
+    torch.testing.assert_close(queries.grad, torch.tensor([[0.0, -1.0]]))
+
+
+def test_refuses_sizes_that_cannot_be_compared():
+    """Found when the graph is built, not at the first batch."""
+    with pytest.raises(ValueError, match="student vectors of size 2 with teacher vectors of size 3 without"):
+        EmbeddingMatch(["queries"], projection=False).bind({"queries": 2}, {"queries": 3})
+    with pytest.raises(ValueError, match="queries and candidates differ in size"):
+        EmbeddingMatch().bind({"queries": 2, "candidates": 4}, {"queries": 3, "candidates": 3})
+
+
+@pytest.mark.parametrize("fields", ["queries", [], ["queries", "scores"]])
+def test_refuses_fields_that_hold_no_vectors(fields):
+    with pytest.raises(ValueError, match="fields must be a list of queries, candidates or both"):
+        EmbeddingMatch(fields)
+
+
+def test_refuses_a_distance_it_does_not_know():
+    with pytest.raises(ValueError, match="distance must be one of cosine, mse; got 'l1'"):
+        EmbeddingMatch(distance="l1")
