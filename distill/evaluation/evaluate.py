@@ -1,0 +1,190 @@
+"""Measure a model on a judged split: search, re-ranking or pairs. Next: ``scoring.py``, ``metrics.py``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from distill.data.judged import Judged
+from distill.errors import DataError, RecipeError
+from distill.evaluation import metrics as plain
+from distill.evaluation.scoring import (
+    PairScorer,
+    can_search,
+    first_of_bm25,
+    id_rank,
+    query_of,
+    score,
+    score_listed,
+    searched,
+)
+from distill.model import Encoder
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, on how many queries (or pairs), and what was left out and why."""
+
+    name: str  # of the split
+    task: str
+    method: str  # how candidates were found and scored, in words
+    means: dict[str, float]
+    per_query: (
+        pd.DataFrame
+    )  # query, a column per metric; pairs: query, candidate, score, label, Accuracy if asked
+    queries: int  # how many the means are over
+    left_out: Mapping[str, int] = field(default_factory=dict)  # reason -> how many
+    threshold: float | None = None  # of Accuracy and F1
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the values per query, as plain types; an undefined mean (nan) is None."""
+        means = {name: None if np.isnan(value) else value for name, value in self.means.items()}
+        plain_fields = {
+            name: getattr(self, name) for name in ("name", "task", "method", "queries", "threshold")
+        }
+        return plain_fields | {"metrics": means, "left_out": dict(self.left_out)}
+
+    def write_per_query(self, path: str | Path) -> None:
+        """Write the values per query as a parquet file, which appears whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            self.per_query.to_parquet(partial, index=False)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def evaluate_model(
+    model: Encoder | PairScorer,
+    judged: Judged,
+    metrics: Sequence[str],
+    *,
+    top_k: int = 1000,
+    rerank: int = 100,
+    rerank_from: Encoder | None = None,
+    threshold_from: Judged | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Measure a model as the task of ``judged`` asks for.
+
+    retrieval: an Encoder searches all candidates; another model re-ranks the best of a first stage.
+    rerank: the listed candidates are put in order. pairs: each listed pair gets a score. Equal scores
+    are ordered by candidate id. Each distinct text is encoded once, each distinct pair scored once.
+    Queries without a relevant candidate are left out, and counted in the result.
+
+    Args:
+        model: An Encoder whose vectors are compared by dot product, or anything with ``score_pairs``.
+        judged: The split; its labels are what is measured against.
+        metrics: Names; see ``parse_metric`` for rankings and ``PAIR_METRICS`` for pairs.
+        top_k: How deep to search for metrics without a cutoff, as MAP.
+        rerank: How many candidates of the first stage a model re-ranks that cannot search.
+        rerank_from: The first stage of such a model; None: BM25.
+        threshold_from: The development split on which the threshold of Accuracy and F1 is fitted.
+        progress: Show bars.
+    """
+    if judged.task == "texts":
+        raise DataError(f"{judged.name or 'the split'} has texts only: there is nothing to measure on it.")
+    _labels(judged)
+    if not can_search(model) and not hasattr(model, "score_pairs"):
+        raise TypeError(f"{type(model).__name__} can neither encode texts for a search nor score pairs.")
+    if judged.task == "pairs":
+        return _evaluate_pairs(model, judged, metrics, threshold_from, progress)
+    for name in metrics:
+        plain.parse_metric(name)  # before the work
+    kept, left_out = _with_positive(judged)
+    if judged.task == "rerank":
+        entries = torch.isin(query_of(judged.listed), kept)
+        query, candidate = query_of(judged.listed)[entries], judged.listed.values[entries]
+        query, candidate = _distinct(query, candidate, len(judged.candidates))
+        method = "listed candidates in order of score"
+        scores = score(model, judged, query, candidate, progress)
+    elif can_search(model):
+        method = "exact search over all candidates"
+        depth = plain.cutoff(metrics, default=top_k)
+        query, candidate, scores = searched(model, judged, kept, depth, progress)
+    else:
+        first = type(rerank_from).__name__ if rerank_from is not None else "BM25"
+        method = f"first {min(rerank, len(judged.candidates))} of {first}, re-ranked"
+        if rerank_from is not None:
+            query, candidate, _ = searched(rerank_from, judged, kept, rerank, progress)
+        else:
+            query, candidate = first_of_bm25(judged, kept, rerank)
+        scores = score(model, judged, query, candidate, progress)
+    result = plain.ranking(
+        plain.Run(query.numpy(), id_rank(judged.candidates)[candidate].numpy(), scores.numpy()),
+        _qrels(judged, kept),
+        metrics,
+    )
+    per_query = result.per_query.assign(query=[judged.queries.ids[row] for row in result.per_query["query"]])
+    return Evaluation(judged.name, judged.task, method, result.means, per_query, len(per_query), left_out)
+
+
+def _evaluate_pairs(
+    model: Encoder | PairScorer, judged: Judged, metrics: Sequence[str], dev: Judged | None, progress: bool
+) -> Evaluation:
+    plain.check_pair_metrics(metrics)
+    threshold = None
+    if plain.needs_threshold(metrics):
+        if dev is None:
+            raise RecipeError(
+                "Accuracy and F1 need a threshold, fitted on another split: give threshold_from a labelled "
+                "development split, or take these metrics out."
+            )
+        threshold = plain.fit_threshold(score_listed(model, dev, progress).numpy(), _labels(dev).numpy())
+    scores, labels = score_listed(model, judged, progress).numpy(), _labels(judged).numpy()
+    means = plain.pairs(scores, labels, metrics, threshold)
+    per_query = pd.DataFrame(
+        {
+            "query": [judged.queries.ids[row] for row in query_of(judged.listed).tolist()],
+            "candidate": [judged.candidates.ids[row] for row in judged.listed.values.tolist()],
+            "score": scores,
+            "label": labels,
+        }
+    )
+    if "Accuracy" in metrics:
+        per_query["Accuracy"] = ((scores >= threshold) == (labels > 0)).astype(float)
+    return Evaluation(judged.name, "pairs", "a score per pair", means, per_query, len(scores), {}, threshold)
+
+
+def _labels(judged: Judged) -> Tensor:
+    if judged.labels is None:
+        raise DataError(f"{judged.name or 'the split'} has no labels: there is nothing to measure against.")
+    return judged.labels
+
+
+def _with_positive(judged: Judged) -> tuple[Tensor, dict[str, int]]:
+    """Rows of the queries with a relevant candidate, and how many others there are, by reason."""
+    positives = torch.zeros(len(judged.queries), dtype=torch.int64)
+    positives.index_add_(0, query_of(judged.listed), (_labels(judged) > 0).long())
+    judgements = judged.listed.lengths
+    kept = (positives > 0).nonzero()[:, 0]
+    if not len(kept):
+        raise DataError(f"{judged.name or 'the split'}: no query has a relevant candidate (a label above 0).")
+    no_judgement = int((judgements == 0).sum())
+    return kept, {
+        "no judgement": no_judgement,
+        "no relevant candidate": len(judged.queries) - len(kept) - no_judgement,
+    }
+
+
+def _distinct(query: Tensor, candidate: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
+    """Each pair once: a candidate that a query lists twice is still ranked once."""
+    pair = torch.unique(query * candidates + candidate)
+    return pair // candidates, pair % candidates
+
+
+def _qrels(judged: Judged, kept: Tensor) -> plain.Qrels:
+    query = query_of(judged.listed)
+    entries = torch.isin(query, kept)
+    candidate = id_rank(judged.candidates)[judged.listed.values[entries]]
+    return plain.Qrels(query[entries].numpy(), candidate.numpy(), _labels(judged)[entries].numpy())

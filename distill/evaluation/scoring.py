@@ -1,0 +1,149 @@
+"""What a model says outside training: scores of pairs, and candidates found. Next: ``evaluate.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeGuard, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from distill.batch import Ragged
+from distill.data.judged import Judged, TextTable
+from distill.evaluation.search import search, top
+from distill.model import Encoder
+
+
+class PairScorer(Protocol):
+    """A model that reads query and candidate together, so that it can re-rank but not search."""
+
+    def score_pairs(self, queries: list[str], candidates: list[str]) -> Tensor:
+        """Scores [n] float32 of n pairs."""
+
+
+def score(
+    model: Encoder | PairScorer, judged: Judged, query: Tensor, candidate: Tensor, progress: bool = False
+) -> Tensor:
+    """Scores [T] float32 of T pairs, given as rows of queries [T] and of candidates [T]."""
+    query, candidate = judged.queries.same_text[query], judged.candidates.same_text[candidate]
+    if can_search(model):
+        queries, q = _encoded(model.encode_queries, judged.queries, query, progress, model)
+        candidates, c = _encoded(model.encode_candidates, judged.candidates, candidate, progress, model)
+        parts = zip(q.split(2**14), c.split(2**14), strict=True)
+        return torch.cat([torch.empty(0), *((queries[i] * candidates[j]).sum(dim=1) for i, j in parts)])
+    pair, place = torch.unique(query * len(judged.candidates) + candidate, return_inverse=True)
+    said, scorer = [torch.empty(0)], cast(PairScorer, model)
+    with serving(model), tqdm(total=len(pair), desc="score pairs", disable=not progress) as bar:
+        for part in pair.split(2**12):
+            asked = [judged.queries.texts[row] for row in (part // len(judged.candidates)).tolist()]
+            answers = [judged.candidates.texts[row] for row in (part % len(judged.candidates)).tolist()]
+            said.append(scorer.score_pairs(asked, answers).float().cpu())
+            bar.update(len(part))
+    return torch.cat(said)[place]
+
+
+def score_listed(model: Encoder | PairScorer, judged: Judged, progress: bool = False) -> Tensor:
+    """A model's scores [T] of all that is listed, aligned to ``judged.listed.values``."""
+    return score(model, judged, query_of(judged.listed), judged.listed.values, progress)
+
+
+def can_search(model: Any) -> TypeGuard[Encoder]:
+    """Whether its vectors can be searched by dot product; another model can only re-rank."""
+    return isinstance(model, Encoder) and model.search == "dot"
+
+
+@contextmanager
+def serving(model: Any) -> Iterator[None]:
+    """Without dropout and gradients; a model in training goes back to it."""
+    training = getattr(model, "training", False)
+    if training:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if training:
+            model.train()
+
+
+def _encoded(
+    encode: Callable[..., Tensor], table: TextTable, rows: Tensor, progress: bool, model: Encoder
+) -> tuple[Tensor, Tensor]:
+    """Vectors [u, D] of the distinct ones of ``rows`` [T], and which of them each row is [T]."""
+    distinct, place = torch.unique(rows, return_inverse=True)
+    with serving(model):
+        return encode([table.texts[row] for row in distinct.tolist()], progress=progress), place
+
+
+def searched(
+    model: Encoder, judged: Judged, kept: Tensor, depth: int, progress: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first ``depth`` candidates of each kept query: rows of queries, of candidates, and scores.
+
+    Only distinct texts are searched, then each stands for all candidates with its text: equal texts have
+    exactly equal scores. They are laid out in order of id, so that a tie goes to the lower id.
+    """
+    place_of = id_rank(judged.candidates)
+    by_id = place_of.argsort()
+    texts = judged.candidates.same_text[by_id]
+    order = texts.argsort(stable=True)
+    sizes = torch.unique_consecutive(texts[order], return_counts=True)[1]
+    groups = Ragged.of_lengths(by_id[order], sizes)  # candidates with one text, in order of id
+    groups = groups.select(place_of[groups.values[groups.offsets[:-1]]].argsort())
+    firsts = groups.values[groups.offsets[:-1]].tolist()
+    with serving(model):
+        vectors = model.encode_candidates([judged.candidates.texts[row] for row in firsts], progress=progress)
+    queries, place = _encoded(
+        model.encode_queries, judged.queries, judged.queries.same_text[kept], progress, model
+    )
+    scores, found = search(queries, vectors, depth)
+    query, group, score = (
+        kept.repeat_interleave(found.shape[1]),
+        found[place].flatten(),
+        scores[place].flatten(),
+    )
+    sizes = groups.lengths[group]
+    query, candidate, score = (
+        query.repeat_interleave(sizes),
+        groups.select(group).values,
+        score.repeat_interleave(sizes),
+    )
+    best_first = np.lexsort((place_of[candidate].numpy(), -score.numpy(), query.numpy()))
+    position = torch.arange(len(query)) - torch.searchsorted(query, query)  # kept is ascending, so is query
+    best_first = torch.from_numpy(best_first)[position < depth]
+    return query[best_first], candidate[best_first], score[best_first]
+
+
+def first_of_bm25(judged: Judged, kept: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The first k candidates of BM25 for each kept query; a Chinese character counts as a word."""
+    import bm25s
+
+    def words(texts: list[str]) -> list[list[str]]:
+        pattern = r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+"
+        settings = {"stopwords": [], "return_ids": False, "show_progress": False}
+        return bm25s.tokenize(texts, token_pattern=pattern, **settings)
+
+    by_id = id_rank(judged.candidates).argsort()
+    index = bm25s.BM25()
+    index.index(words([judged.candidates.texts[row] for row in by_id.tolist()]), show_progress=False)
+    found = []
+    for text in words([judged.queries.texts[row] for row in kept.tolist()]):
+        scores = index.get_scores(text) if text else np.zeros(len(by_id), dtype=np.float32)
+        found.append(by_id[top(torch.from_numpy(scores)[None], k)[1][0]])
+    return kept.repeat_interleave(min(k, len(by_id))), torch.cat([torch.empty(0, dtype=torch.int64), *found])
+
+
+def query_of(listed: Ragged) -> Tensor:
+    """The query's row of each listed entry: [T]."""
+    return torch.arange(len(listed)).repeat_interleave(listed.lengths)
+
+
+def id_rank(table: TextTable) -> Tensor:
+    """Each row's place in the order of ids: [n]."""
+    by_id = torch.tensor(sorted(range(len(table)), key=table.ids.__getitem__), dtype=torch.int64)
+    rank = torch.empty_like(by_id)
+    rank[by_id] = torch.arange(len(by_id))
+    return rank

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import evaluate
+import pytest
+
+from distill.evaluation import Qrels, Run, pairs, ranking
+from distill.evaluation import modules as folder
+
+PREDICTIONS = [
+    {"candidates": ["a", "b", "c"], "scores": [0.25, 0.75, 0.5]},
+    {"candidates": ["b", "a"], "scores": [0.5, 0.5]},
+]
+REFERENCES = [{"candidates": ["a", "c"], "labels": [1, 2]}, {"candidates": ["b"], "labels": [1]}]
+METRICS = ["nDCG@10", "MRR@10", "MAP"]
+
+
+def plain_means() -> dict[str, float]:
+    run = Run([0, 0, 0, 1, 1], ["a", "b", "c", "b", "a"], [0.25, 0.75, 0.5, 0.5, 0.5])
+    return ranking(run, Qrels([0, 0, 1], ["a", "c", "b"], [1, 2, 1]), METRICS).means
+
+
+def load(name: str, how: str) -> evaluate.Metric:
+    """The module as an import gives it, or as ``evaluate.load`` makes it of its file."""
+    if how == "class":
+        return getattr(folder, name)()
+    return evaluate.load(str(Path(folder.__file__).with_name(f"{name.lower()}.py")))
+
+
+@pytest.mark.parametrize("how", ["class", "path"])
+def test_the_ranking_module_equals_the_plain_function(how):
+    module = load("Ranking", how)
+    assert module.compute(predictions=PREDICTIONS, references=REFERENCES, metrics=METRICS) == plain_means()
+    for prediction, reference in zip(PREDICTIONS, REFERENCES, strict=True):
+        module.add_batch(predictions=[prediction], references=[reference])
+    assert module.compute(metrics=METRICS) == plain_means()
+
+
+@pytest.mark.parametrize("how", ["class", "path"])
+def test_the_pairs_module_equals_the_plain_function(how):
+    scores, labels, metrics = [0.9, 0.8, 0.1, 0.3], [1, 0, 0, 1], ["Spearman", "AUC", "Accuracy", "F1"]
+    module = load("Pairs", how)
+    expected = pairs(scores, labels, metrics, threshold=0.5)
+    assert module.compute(predictions=scores, references=labels, metrics=metrics, threshold=0.5) == expected
+    module.add_batch(predictions=scores[:3], references=labels[:3])
+    module.add(prediction=scores[3], reference=labels[3])
+    assert module.compute(metrics=metrics, threshold=0.5) == expected
