@@ -89,9 +89,9 @@ def searched(
     place_of = id_rank(judged.candidates)
     by_id = place_of.argsort()
     texts = judged.candidates.same_text[by_id]
-    order = texts.argsort(stable=True)
-    sizes = torch.unique_consecutive(texts[order], return_counts=True)[1]
-    groups = Ragged.of_lengths(by_id[order], sizes)  # candidates with one text, in order of id
+    by_text = texts.argsort(stable=True)
+    repeats = torch.unique_consecutive(texts[by_text], return_counts=True)[1]
+    groups = Ragged.of_lengths(by_id[by_text], repeats)  # candidates with one text, in order of id
     groups = groups.select(place_of[groups.values[groups.offsets[:-1]]].argsort())
     firsts = groups.values[groups.offsets[:-1]].tolist()
     with serving(model):
@@ -100,21 +100,15 @@ def searched(
         model.encode_queries, judged.queries, judged.queries.same_text[kept], progress, model
     )
     scores, found = search(queries, vectors, depth)
-    query, group, score = (
-        kept.repeat_interleave(found.shape[1]),
-        found[place].flatten(),
-        scores[place].flatten(),
-    )
+    group = found[place].flatten()
     sizes = groups.lengths[group]
-    query, candidate, score = (
-        query.repeat_interleave(sizes),
-        groups.select(group).values,
-        score.repeat_interleave(sizes),
-    )
-    best_first = np.lexsort((place_of[candidate].numpy(), -score.numpy(), query.numpy()))
-    position = torch.arange(len(query)) - torch.searchsorted(query, query)  # kept is ascending, so is query
-    best_first = torch.from_numpy(best_first)[position < depth]
-    return query[best_first], candidate[best_first], score[best_first]
+    query = kept.repeat_interleave(found.shape[1]).repeat_interleave(sizes)
+    candidate = groups.select(group).values
+    score = scores[place].flatten().repeat_interleave(sizes)
+    order = torch.from_numpy(np.lexsort((place_of[candidate].numpy(), -score.numpy(), query.numpy())))
+    position = torch.arange(len(query)) - torch.searchsorted(query, query)  # query is ascending, as kept is
+    first = order[position < depth]
+    return query[first], candidate[first], score[first]
 
 
 def first_of_bm25(judged: Judged, kept: Tensor, k: int) -> tuple[Tensor, Tensor]:
