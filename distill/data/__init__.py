@@ -1,0 +1,34 @@
+"""Data: tables, data sets and their splits, and the sources that yield batches."""
+
+from distill.data.documentation import Documentation
+from distill.data.groups import Groups, TextPairs
+from distill.data.judged import Judged, TextTable, summary
+from distill.data.mixture import Mixture
+from distill.data.negatives import BM25Negatives, Negatives, RandomNegatives
+from distill.data.retrieval import Retrieval
+from distill.data.source import Source, TextSource
+from distill.data.tables import Table, read_table
+from distill.data.text_data import TextData
+from distill.data.texts import Texts
+from distill.data.tokens import tokenized
+
+__all__ = [
+    "BM25Negatives",
+    "Documentation",
+    "Groups",
+    "Judged",
+    "Mixture",
+    "Negatives",
+    "RandomNegatives",
+    "Retrieval",
+    "Source",
+    "Table",
+    "TextData",
+    "TextPairs",
+    "TextSource",
+    "TextTable",
+    "Texts",
+    "read_table",
+    "summary",
+    "tokenized",
+]

@@ -1,0 +1,58 @@
+"""The cache folder: what is costly to make is kept under a hash of all that decides it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import xxhash
+
+from distill.errors import DataError
+
+
+def cache_folder() -> Path:
+    """The folder named by DISTILL_CACHE, else ``~/.cache/distill``."""
+    return Path(os.environ.get("DISTILL_CACHE") or Path.home() / ".cache" / "distill").expanduser()
+
+
+def content_hash(parts: Iterable[str]) -> str:
+    """A hash of a sequence of strings, and of where one ends and the next begins.
+
+    >>> content_hash(["ab", "c"]) == content_hash(["a", "bc"])
+    False
+    """
+    state = xxhash.xxh3_128()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        state.update(len(data).to_bytes(8, "little"))
+        state.update(data)
+    return state.hexdigest()
+
+
+def unit_hash(text: str, seed: int = 0) -> float:
+    """A number in [0, 1) that depends on the text and the seed alone: the same on every machine."""
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"), seed=seed) / 2**64
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes ``path`` by rename if all went well, and vanishes if not."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot write the cache ({error}). "
+            f"Free space there, or set DISTILL_CACHE to another folder."
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,66 @@
+"""Several sources as one: each batch is of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from distill.batch import Batch
+from distill.data.source import Source, generator_of
+
+if TYPE_CHECKING:
+    from distill.nn.tokenizer import TextColumn
+
+
+class Mixture(Source):
+    """One source per batch; an epoch is every batch of every source, in an order drawn anew each epoch.
+
+    Args:
+        sources: By the name that ``Batch.source`` then holds.
+        seed: Of the order of the sources.
+    """
+
+    def __init__(self, sources: Mapping[str, Source], seed: int = 0, name: str = "data"):
+        if not sources:
+            raise ValueError("a mixture needs at least one source.")
+        self.sources, self.seed, self.name = dict(sources), seed, name
+        self._plan: tuple[int, Tensor, Tensor] | None = None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether all its batches have labels."""
+        return all(source.labelled for source in self.sources.values())
+
+    def prepare(
+        self, query_columns: Sequence[TextColumn] = (), candidate_columns: Sequence[TextColumn] = ()
+    ) -> None:
+        for source in self.sources.values():
+            source.prepare(query_columns, candidate_columns)
+
+    def steps(self, epoch: int) -> int:
+        return sum(source.steps(epoch) for source in self.sources.values())
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        if not 0 <= step < self.steps(epoch):
+            raise IndexError(
+                f"{self.name}: epoch {epoch} has {self.steps(epoch)} steps, there is no step {step}."
+            )
+        which, within = self._planned(epoch)
+        name = list(self.sources)[which[step]]
+        return replace(self.sources[name].batch(epoch, int(within[step])), source=name)
+
+    def _planned(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """For each step its source and that source's own step: [steps] each."""
+        if self._plan is None or self._plan[0] != epoch:
+            steps = torch.tensor([source.steps(epoch) for source in self.sources.values()])
+            which = torch.arange(len(steps)).repeat_interleave(steps)
+            which = which[torch.randperm(len(which), generator=generator_of(self.seed, 2, epoch))]
+            within = torch.empty_like(which)
+            for source, count in enumerate(steps.tolist()):
+                within[which == source] = torch.arange(count)
+            self._plan = (epoch, which, within)
+        return self._plan[1:]

@@ -1,0 +1,242 @@
+"""What yields batches: Source, and TextSource over a judged text data set. Next: ``mixture.py``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.batch import Batch, Ragged
+from distill.data.judged import Judged, TextTable
+from distill.data.lists import Lists
+from distill.data.negatives import Negatives
+from distill.data.tokens import tokenized
+from distill.outputs import Outputs
+
+if TYPE_CHECKING:
+    from distill.nn.tokenizer import TextColumn
+
+
+def generator_of(*numbers: int) -> torch.Generator:
+    """A random generator that depends on the numbers alone, and on each of them."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+class Source(ABC):
+    """Yields batches by their place: any one can be made at any time, so a resumed run just goes on."""
+
+    name: str = "data"
+
+    @property
+    @abstractmethod
+    def labelled(self) -> bool:
+        """Whether its batches have labels."""
+
+    @abstractmethod
+    def prepare(
+        self, query_columns: Sequence[TextColumn] = (), candidate_columns: Sequence[TextColumn] = ()
+    ) -> None:
+        """Whatever takes long, before the first batch; the columns are those its batches will have."""
+
+    @abstractmethod
+    def steps(self, epoch: int) -> int:
+        """How many batches the epoch has."""
+
+    @abstractmethod
+    def batch(self, epoch: int, step: int) -> Batch:
+        """One batch: a function of (seed, epoch, step) alone."""
+
+
+class TextSource(Source):
+    """Batches of a text data set: shuffled queries, each with its candidates.
+
+    A query lists one of its positives, in turn from epoch to epoch, then listed candidates that are not
+    positive (drawn anew each epoch if there are more than fit), then what the samplers find, up to
+    ``candidates``. Candidates with equal text are one. Without queries a batch is texts only.
+
+    Args:
+        judged: The split.
+        batch_size: B, how many queries (or texts, if there are no queries) a batch has; the last of an
+            epoch has what is left.
+        candidates: The most that a query lists. Fewer, N, if data and samplers never give as many.
+        negatives: Samplers, asked in this order.
+        seed: Of the order and of all that is drawn.
+        name: What batches and errors call it.
+    """
+
+    def __init__(
+        self,
+        judged: Judged,
+        batch_size: int,
+        candidates: int = 8,
+        negatives: Sequence[Negatives] = (),
+        seed: int = 0,
+        name: str = "data",
+    ):
+        if batch_size < 1 or candidates < 1:
+            raise ValueError(f"batch_size ({batch_size}) and candidates ({candidates}) must be at least 1.")
+        if negatives and not len(judged.candidates):
+            raise ValueError(f"{judged.name}: there are no candidates that negatives could be drawn from.")
+        self.judged, self.batch_size, self.seed, self.name = judged, batch_size, seed, name
+        self.negatives = tuple(negatives)
+        self.lists = Lists(judged)
+        self.width = min(candidates, self.lists.longest + sum(sampler.count for sampler in self.negatives))
+        self._columns: tuple[dict[str, _Tokens], dict[str, _Tokens]] = ({}, {})
+        self._ready = False
+        self._order: tuple[int, Tensor] | None = None
+
+    @property
+    def queries(self) -> TextTable:
+        return self.judged.queries
+
+    @property
+    def candidates(self) -> TextTable:
+        return self.judged.candidates
+
+    @property
+    def labelled(self) -> bool:
+        return self.judged.labels is not None
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Teachers whose scores come with the batches: those of the data, unless negatives are added."""
+        return () if self.negatives else tuple(self.judged.scores)
+
+    def prepare(
+        self, query_columns: Sequence[TextColumn] = (), candidate_columns: Sequence[TextColumn] = ()
+    ) -> None:
+        for sampler in self.negatives if not self._ready else ():
+            sampler.prepare(self.judged)
+        self._ready = True
+        sides = zip(self._columns, (self.queries, self.candidates), strict=True)
+        for (known, table), columns in zip(sides, (query_columns, candidate_columns), strict=True):
+            for column in columns:
+                if column.key not in known:
+                    known[column.key] = _Tokens.of(table, column)
+
+    def steps(self, epoch: int) -> int:
+        return -(-len(self._rows) // self.batch_size)
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        if not 0 <= step < self.steps(epoch):
+            raise IndexError(
+                f"{self.name}: epoch {epoch} has {self.steps(epoch)} steps, there is no step {step}."
+            )
+        if not self._ready:
+            self.prepare()
+        rows = self._shuffled(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+        if len(self.queries):
+            return self._of_queries(rows, epoch, generator_of(self.seed, 1, epoch, step))
+        none = torch.empty(0, dtype=torch.int64)
+        return self._filled(none, rows.sort().values, none.view(0, 0), none.view(0, 0).bool())
+
+    @property
+    def _rows(self) -> Tensor:
+        """What is shuffled: the queries, or without queries the distinct texts."""
+        n = len(self.queries)
+        return torch.arange(n) if n else self.candidates.same_text.unique()
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        if self._order is None or self._order[0] != epoch:
+            rows = self._rows
+            order = torch.randperm(len(rows), generator=generator_of(self.seed, 0, epoch))
+            self._order = (epoch, rows[order])
+        return self._order[1]
+
+    def _of_queries(self, rows: Tensor, epoch: int, generator: torch.Generator) -> Batch:
+        entries, valid = self.lists.draw(rows, self.width, epoch, generator)  # [B, M], of the judgements
+        listed = self.lists.rows.values
+        found = listed[entries] if len(listed) else entries  # [B, M] rows of candidates
+        if self.negatives:
+            same = self.candidates.same_text
+            drawn = torch.cat([sampler.draw(rows, generator) for sampler in self.negatives], dim=1)
+            real = drawn >= 0
+            drawn = torch.where(real, same[drawn.clamp(min=0)], 0)
+            real &= ~self.judged.is_positive(rows[:, None].expand_as(drawn), drawn)
+            entries = torch.cat([entries, torch.full_like(drawn, -1)], dim=1)
+            found, valid = torch.cat([found, drawn], dim=1), torch.cat([valid, real], dim=1)
+            valid &= ~_repeated(found, valid)
+        packed = (~valid).int().argsort(dim=1, stable=True)[:, : self.width]  # what is real comes first
+        entries, found, mask = (values.gather(1, packed) for values in (entries, found, valid))
+        distinct, place, draws = found[mask].unique(return_inverse=True, return_counts=True)
+        index = torch.zeros_like(found)
+        index[mask] = place
+        known = mask & (entries >= 0)
+        entries = self.lists.entries[entries.clamp(min=0)] if len(listed) else entries
+
+        def told(values: Tensor) -> Tensor:
+            return torch.where(known, values[entries], 0.0) if len(values) else torch.zeros(known.shape)
+
+        labels, scores = self.judged.labels, self.judged.scores
+        return self._filled(
+            rows,
+            distinct,
+            index,
+            mask,
+            labels=None if labels is None else told(labels),
+            draws=draws,
+            known_positives=self.judged.positives.select(rows) if self.width else None,
+            stored={teacher: Outputs(scores=told(scores[teacher])) for teacher in self.scored},
+        )
+
+    @property
+    def query_rows(self) -> Tensor:
+        """The rows of all queries."""
+        return torch.arange(len(self.queries))
+
+    @property
+    def candidate_rows(self) -> Tensor:
+        """The rows of all candidates that a batch can hold, each text once."""
+        if self.negatives or not len(self.queries):
+            return self.candidates.same_text.unique()
+        return self.lists.rows.values.unique()
+
+    def gather(
+        self,
+        queries: Tensor,
+        candidates: Tensor,
+        index: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Batch:
+        """A batch of chosen rows [B] and [P]; without ``index`` [B, N] and ``mask`` nothing is listed."""
+        if index is None or mask is None:
+            index = torch.zeros(len(queries), 0, dtype=torch.int64)
+            mask = torch.zeros(len(queries), 0, dtype=torch.bool)
+        return self._filled(queries, candidates, index, mask)
+
+    def _filled(self, queries: Tensor, candidates: Tensor, index: Tensor, mask: Tensor, **others) -> Batch:
+        rows = (queries, candidates)
+        columns = [
+            {key: tokens.ids.select(tokens.place[chosen]) for key, tokens in known.items()}
+            for known, chosen in zip(self._columns, rows, strict=True)
+        ]
+        return Batch(
+            index, mask, *rows, queries=columns[0], candidates=columns[1], source=self.name, **others
+        )
+
+
+class _Tokens:
+    """The ids of a table's texts, each distinct text once."""
+
+    def __init__(self, ids: Ragged, place: Tensor):
+        self.ids = ids
+        self.place = place  # [n] which row of ids holds the text of the table's row
+
+    @classmethod
+    def of(cls, table: TextTable, column: TextColumn) -> _Tokens:
+        distinct, place = table.same_text.unique(return_inverse=True)
+        return cls(tokenized([table.texts[row] for row in distinct.tolist()], column), place)
+
+
+def _repeated(rows: Tensor, valid: Tensor) -> Tensor:
+    """Which valid entries of [B, M] stand further left in their row already."""
+    marks = torch.where(valid, rows, -1 - torch.arange(rows.shape[1]))  # what is not valid never repeats
+    ordered, order = marks.sort(dim=1, stable=True)
+    again = torch.zeros_like(valid)
+    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    return torch.zeros_like(valid).scatter(1, order, again)

@@ -1,0 +1,82 @@
+"""Texts alone, for objectives that need no lists. Next: ``documentation.py``."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from distill.batch import Ragged
+from distill.data.judged import Judged, TextTable
+from distill.data.tables import Spec, read_table
+from distill.data.text_data import TextData
+from distill.errors import DataError
+
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*")
+
+
+class Texts(TextData):
+    """Distinct texts without judgements: what an embedding is distilled on.
+
+    Args:
+        train: A table or a list of tables, as ``read_table`` takes them. One with other column names is
+            given as ``{path: ..., columns: [...]}``.
+        columns: Names of the columns that hold texts; all of them are taken.
+        side: Whether the texts are read as ``candidates`` or as ``queries`` (prompts and lengths differ).
+        sentences: Cut the texts into sentences, at full stops.
+        limit: At most so many texts, chosen by ``seed``.
+        seed: Of ``limit``.
+
+    Empty texts are left out.
+
+    Example:
+        >>> Texts(pa.table({"text": ["One. Two!", "One."]}), sentences=True).split("train").candidates.texts
+        ['One.', 'Two!']
+    """
+
+    def __init__(
+        self,
+        train: Spec | list[Spec],
+        columns: Sequence[str] = ("text",),
+        side: Literal["candidates", "queries"] = "candidates",
+        sentences: bool = False,
+        limit: int | None = None,
+        seed: int = 0,
+    ):
+        if side not in ("candidates", "queries"):
+            raise ValueError(f"side must be candidates or queries, got '{side}'.")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be at least 1, got {limit}.")
+        super().__init__(["train"])
+        self.tables = list(train) if isinstance(train, list | tuple) else [train]
+        self.columns = [columns] if isinstance(columns, str) else list(columns)
+        self.side, self.sentences, self.limit, self.seed = side, sentences, limit, seed
+
+    def read(self, name: str) -> Judged:
+        found: dict[str, None] = {}
+        for i, spec in enumerate(self.tables):
+            columns = self.columns
+            if isinstance(spec, Mapping):
+                columns, spec = spec.get("columns", columns), spec["path"]
+            table = read_table(spec, {column: column for column in columns}, where=f"train[{i}]")
+            for column in columns:
+                for text in table.strings(column):
+                    pieces = SENTENCE_END.split(text) if self.sentences else [text]
+                    found.update((piece, None) for piece in pieces if piece and not piece.isspace())
+        if not found:
+            raise DataError(f"train: the columns {', '.join(self.columns)} hold no text at all.")
+        texts = list(found)
+        if self.limit is not None and self.limit < len(texts):
+            chosen = random.Random(self.seed).sample(range(len(texts)), self.limit)
+            texts = [texts[row] for row in sorted(chosen)]
+        some = TextTable([str(row) for row in range(len(texts))], texts)
+        none = TextTable([], [])
+        asked = self.side == "queries"
+        return Judged(
+            task="texts",
+            queries=some if asked else none,
+            candidates=none if asked else some,
+            listed=Ragged.of([[] for _ in texts] if asked else []),
+            name="texts",
+        )
