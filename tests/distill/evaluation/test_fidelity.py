@@ -17,6 +17,11 @@ def test_agreement_is_a_mean_over_lists_worked_by_hand():
     )
 
 
+def test_a_list_of_k_candidates_has_no_overlap_to_lose():
+    listed, scores = Ragged.of([[0, 1], [2, 3, 4]]), torch.tensor([1.0, 2.0, 3.0, 2.0, 1.0])
+    assert fidelity(-scores, scores, listed, k=2)["Overlap@2"] == 0.5
+
+
 def test_only_the_order_counts():
     listed, teacher = Ragged.of([[0, 1, 2]]), torch.tensor([0.1, 0.3, 0.2])
     assert fidelity(100 * teacher.exp(), teacher, listed, k=1) == pytest.approx(

@@ -34,9 +34,9 @@ def test_equal_models_do_not_differ():
 
 
 def test_queries_are_paired_by_name():
-    a, b = frame([0.0, 1.0, 0.5], ["x", "y", "z"]), frame([0.5, 0.0, 1.0], ["z", "x", "y"])
-    assert compare(a, b, "RR@10").difference == 0.0
-    assert compare(a, b, "RR@10").p_value == 1.0
+    a, b = frame([0.0, 0.75, 0.5], ["x", "y", "z"]), frame([0.75, 0.25, 1.0], ["z", "x", "y"])
+    result = compare(a, b, "RR@10")
+    assert (result.low, result.difference, result.high) == (0.25, 0.25, 0.25)
 
 
 @pytest.mark.parametrize(
