@@ -144,7 +144,9 @@ def test_an_encoder_written_here_gives_its_vectors_there(tmp_path, tokenizer, ar
     assert (model.max_seq_length, read.queries.max_length) == (12, 12)
     assert (model.similarity_fn_name, read.queries.similarity) == ("dot", "dot")
     assert model.prompts == dict(layout.prompts) == dict(read.queries.prompts)
-    assert model.get_embedding_dimension() == 8 and tokenizer.model_max_length == 64
+    assert model.get_embedding_dimension() == 8
+    lengths = AutoTokenizer.from_pretrained(tmp_path / "m").model_max_length, tokenizer.model_max_length
+    assert lengths == (12, 64)  # the folder's for who reads it without us, the caller's as it was
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
@@ -163,6 +165,7 @@ def test_separate_lengths_of_queries_and_candidates_survive(tmp_path, tokenizer)
     layout = EncoderLayout(max_length=20, query_length=5, candidate_length=16)
     write_encoder(tmp_path / "m", tiny(), tokenizer, layout)
     read = read_encoders(tmp_path / "m")
+    assert (read.queries.query_length, read.queries.candidate_length) == (5, 16)
     assert_same_vectors(st.SentenceTransformer(str(tmp_path / "m"), device="cpu"), read)
     assert not torch.equal(encode(read.queries, TEXTS), encode(read.queries, TEXTS, "document"))
 
@@ -298,6 +301,17 @@ def test_a_cross_encoder_written_here_gives_its_logits_there(tmp_path, tokenizer
     model.save_pretrained(str(tmp_path / "theirs"), create_model_card=False)
     assert read_cross_encoder(tmp_path / "theirs").max_length == 18
     torch.testing.assert_close(logits(tmp_path / "theirs", 18), ours, atol=1e-5, rtol=0)
+
+
+def test_a_cross_encoder_opens_in_releases_that_know_no_modules(tmp_path, tokenizer):
+    config = copy.deepcopy(CONFIGS["bert"])
+    config.num_labels = 1
+    classifier = AutoModelForSequenceClassification.from_config(config)
+    write_cross_encoder(tmp_path, classifier, tokenizer, max_length=18)
+    for name in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"):
+        (tmp_path / name).unlink()
+    model = st.CrossEncoder(str(tmp_path), device="cpu")
+    assert isinstance(model.activation_fn, nn.Identity) and model.max_seq_length == 18
 
 
 def test_a_cross_encoder_is_no_encoder(tmp_path, tokenizer):

@@ -82,7 +82,7 @@ def test_approximate_indexes_find_nearly_all_and_more_effort_finds_more():
 
 
 @pytest.mark.parametrize(
-    "factory, search", [("Flat", {}), ("HNSW8", {"efSearch": 50}), ("IVF8,PQ4", {"nprobe": 3})]
+    "factory, search", [("Flat", {}), ("HNSW8", {"efSearch": 50}), ("IVF8,SQ8", {"nprobe": 3})]
 )
 @pytest.mark.parametrize("texts", [None, [f"text {i} ä" for i in range(400)]])
 def test_a_saved_index_answers_as_before(tmp_path, factory, search, texts):
