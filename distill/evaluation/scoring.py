@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from distill.batch import Ragged
 from distill.data.judged import Judged, TextTable
+from distill.data.negatives import WORDS
 from distill.evaluation.search import search, top
 from distill.model import Encoder
 
@@ -112,13 +113,11 @@ def searched(
 
 
 def first_of_bm25(judged: Judged, kept: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The first k candidates of BM25 for each kept query; a Chinese character counts as a word."""
+    """The first k candidates of BM25 for each kept query, with the words that negatives are mined by."""
     import bm25s
 
     def words(texts: list[str]) -> list[list[str]]:
-        pattern = r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+"
-        settings = {"stopwords": [], "return_ids": False, "show_progress": False}
-        return bm25s.tokenize(texts, token_pattern=pattern, **settings)
+        return bm25s.tokenize(texts, token_pattern=WORDS, return_ids=False, show_progress=False)
 
     by_id = id_rank(judged.candidates).argsort()
     index = bm25s.BM25()
