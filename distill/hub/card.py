@@ -174,7 +174,7 @@ def _arrows(recipe: Mapping[str, Any]) -> str:
     for name, arrow in recipe.get("losses", {}).items():
         rest = {key: value for key, value in arrow.items() if key not in ("type", "from", "to")}
         kind = str(arrow.get("type", "")).rsplit(".", 1)[-1]
-        ends = f"from {arrow.get('from', 'labels')} to {arrow.get('to', '')}"
+        ends = f"from {arrow.get('from') or 'labels'} to {arrow.get('to', '')}"
         lines.append(f"- **{name}**: {kind}, {ends}{_arguments(rest)}")
     return "\n".join(lines) or "The recipe lists no losses."
 
