@@ -29,7 +29,8 @@ from distill.errors import DataError
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("python", "torch", "transformers", "numpy", "pandas", "datasets", "accelerate", "huggingface_hub")
-RULES = 1  # raise it when the rules below change, so that older caches are not read
+COLUMNS = ("file", "query", "text", "query_key", "text_key")  # keys: what copies have in common
+RULES = 4  # raise it when the rules below change, so that older caches are not read
 SKIPPED = {
     "test",
     "tests",
@@ -132,7 +133,7 @@ def _prose(docstring: str) -> list[str]:
 
 def _without(name: str, text: str) -> str:
     """``text`` without an identifier: a plain lower-case word may stand there for itself, and stays."""
-    if re.fullmatch(r"[a-z]+", name):
+    if name not in text or re.fullmatch(r"[a-z]+", name):
         return text
     return " ".join(re.sub(rf"\b(?:\w+\.)*{re.escape(name)}\b(?:\(\))?", "", text).split())
 
@@ -175,13 +176,13 @@ def _read_package(package: str) -> pa.Table:
             return pq.read_table(path)
         except (pa.ArrowException, OSError):
             logger.warning("%s: the cache file is damaged and is made again.", path)
-    rows = [
-        {"file": f"{package}/{file}", "query": pair[0], "text": pair[1]}
+    pairs = [
+        (f"{package}/{file}", *pair, " ".join(_plain(pair[0])), " ".join(_plain(pair[1])[:20]))
         for file, name, docstring in _docstrings(folder)
         if (pair := pair_of(name, docstring))
     ]
-    names = ("file", "query", "text")
-    table = pa.table({name: pa.array([row[name] for row in rows], pa.string()) for name in names})
+    columns = zip(*pairs, strict=True) if pairs else [[]] * len(COLUMNS)
+    table = pa.table({name: pa.array(c, pa.string()) for name, c in zip(COLUMNS, columns, strict=True)})
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
     return table
@@ -197,8 +198,10 @@ def _folder(package: str) -> Path | None:
 def _version(package: str) -> str:
     if package == "python":
         return platform.python_version()
-    owners = metadata.packages_distributions().get(package, [package])
-    return metadata.version(owners[0])
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # distributed under another name
+        return metadata.version(metadata.packages_distributions()[package][0])
 
 
 def _docstrings(folder: Path) -> Iterator[tuple[str, str, str]]:
@@ -207,17 +210,28 @@ def _docstrings(folder: Path) -> Iterator[tuple[str, str, str]]:
         relative = path.relative_to(folder)
         if SKIPPED & {*relative.parts}:
             continue
+        if "models" in relative.parts and path.name.startswith(("modeling_", "modular_")):
+            continue  # long files, and mostly copies of each other
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in others' sources
             try:
                 tree = ast.parse(path.read_bytes())
             except (SyntaxError, ValueError):  # templates, and what is meant for other versions
                 continue
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                continue
-            if docstring := ast.get_docstring(node, clean=False):
+        for node in _definitions(tree.body):
+            docstring = ast.get_docstring(node, clean=False) or ""
+            if len(docstring.split()) > 18:  # else too short for a pair
                 yield relative.as_posix(), node.name, docstring
+
+
+def _definitions(
+    statements: list[ast.stmt],
+) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    for statement in statements:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield statement
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.If | ast.Try):
+            yield from _definitions(statement.body)
 
 
 class Documentation(TextData):
@@ -246,11 +260,12 @@ class Documentation(TextData):
     def _pairs(self) -> dict[str, list[tuple[str, str, str]]]:
         """(id, query, text) by split."""
         pairs: dict[str, list[tuple[str, str, str]]] = {name: [] for name in self.splits}
-        seen: set[tuple[str, ...]] = set()
+        seen: set[tuple[str, str]] = set()
         for package in self.packages:
             columns = _read_package(package).to_pydict()
-            for row, (file, query, text) in enumerate(zip(*columns.values(), strict=True)):
-                keys = {("query", *_plain(query)), ("text", *_plain(text)[:20])}
+            rows = zip(*(columns[name] for name in COLUMNS), strict=True)
+            for row, (file, query, text, query_key, text_key) in enumerate(rows):
+                keys = {("query", query_key), ("text", text_key)}
                 if seen.isdisjoint(keys):
                     share = unit_hash(file)
                     split = "train" if share < 0.8 else "dev" if share < 0.85 else "test"
