@@ -80,7 +80,7 @@ class DistillationGraph(nn.Module):
     ):
         super().__init__()
         self.nodes: dict[str, Model] = dict(nodes)
-        self._nodes = nn.ModuleDict(self.nodes)  # for parameters(), to() and state_dict()
+        self.node_modules = nn.ModuleDict(self.nodes)  # for parameters(), to() and state_dict()
         self.arrows = tuple(arrows)
         self.objectives = nn.ModuleDict({arrow.name: arrow.objective for arrow in arrows})
         self.trained = frozenset(trained)
@@ -90,6 +90,14 @@ class DistillationGraph(nn.Module):
             node.requires_grad_(name in self.trained)
         for name in self.trained:  # what a frozen node shares with a trained one learns (check refuses it)
             self.nodes[name].requires_grad_(True)
+        for arrow in self.arrows:
+            if arrow.head in self.nodes and (arrow.tail is None or arrow.tail in self.nodes):
+                try:
+                    arrow.objective.bind(
+                        self.nodes[arrow.head].sizes, self.nodes[arrow.tail].sizes if arrow.tail else {}
+                    )
+                except ValueError as error:
+                    raise RecipeError(f"losses.{arrow.name}: {error}") from error
         self.train(self.training)
 
     def train(self, mode: bool = True) -> DistillationGraph:
@@ -151,11 +159,12 @@ class DistillationGraph(nn.Module):
         """The heavy half: what each node says row by row; known answers are taken from the batch."""
         said: dict[str, Outputs] = {}
         for name, needs in asked.items():
-            stored = batch.stored.get(name)
-            if stored is not None and name not in self.trained and needs.fields <= dict(stored.given()).keys():
-                said[name] = stored
-                continue
-            node = self.nodes[name]
+            node, stored = self.nodes[name], batch.stored.get(name)
+            if stored is not None and name not in self.trained:
+                known = dict(stored.given()).keys()
+                if needs.fields <= known or node.represents(needs).fields <= known:
+                    said[name] = stored
+                    continue
             view = batch.view(*([column.key for column in columns] for columns in node.reads))
             with torch.set_grad_enabled(torch.is_grad_enabled() and name in self.trained), self.autocast():
                 if node.of:

@@ -46,6 +46,15 @@ class Model(nn.Module, ABC):
         """Fill the fields of ``needs`` that follow from rows already represented."""
         return outputs
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The last axis of fields whose size is known: what an objective's parameters are made for."""
+        return {}
+
+    def represents(self, needs: Needs) -> Needs:
+        """The fields that ``represent`` fills so that ``compare`` can answer ``needs``."""
+        return needs
+
     def of_needs(self, needs: Needs) -> Needs:
         """What a node built from others asks of them, to answer ``needs``."""
         return needs
@@ -72,6 +81,14 @@ class Encoder(Model):
     @abstractmethod
     def dim(self) -> int:
         """D, the size of a vector."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"queries": self.dim, "candidates": self.dim}
+
+    def represents(self, needs: Needs) -> Needs:
+        pairwise = needs.fields & {"scores", "in_batch"}
+        return Needs(*(needs.fields - {"scores", "in_batch"}), *(("queries", "candidates") if pairwise else ()))
 
     @abstractmethod
     def encode_queries(self, queries: Sequence[Any], progress: bool = False) -> Tensor:

@@ -75,7 +75,9 @@ class BiEncoder(Encoder):
         layouts = read_encoders(resolve_checkpoint(checkpoint))
         separate = encoders == "separate" or (encoders is None and layouts[0] is not layouts[1])
         if encoder is not None and (separate or layers is not None):
-            raise ValueError("a shared `encoder` is taken as it is: leave out `layers` and `encoders: separate`.")
+            raise ValueError(
+                "a shared `encoder` is taken as it is: leave out `layers` and `encoders: separate`."
+            )
 
         def tower(layout: EncoderLayout) -> Tower:
             text = encoder
@@ -136,12 +138,12 @@ class BiEncoder(Encoder):
         return self.candidate_tower.encoder.tokenizer.column(self.candidate_prompt)
 
     def represent(self, batch: Batch, needs: Needs) -> Outputs:
-        pairwise = "scores" in needs or "in_batch" in needs
+        wanted = self.represents(needs)
         queries = self._framed_queries(batch.queries[self._query_column.key])
         candidates = self._framed_candidates(batch.candidates[self._candidate_column.key])
-        if not (pairwise or "candidates" in needs):
+        if "candidates" not in wanted:
             return Outputs(queries=self.query_tower(queries))
-        if not (pairwise or "queries" in needs):
+        if "queries" not in wanted:
             return Outputs(candidates=self.candidate_tower(candidates))
         if self.query_tower is not self.candidate_tower:
             return Outputs(queries=self.query_tower(queries), candidates=self.candidate_tower(candidates))

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +93,7 @@ class TextEncoder(nn.Module):
                 ends.append(place)
                 start = place
         bounds = [0, *ends, len(order)] if len(order) else [0]
-        return [order[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [order[a:b] for a, b in pairwise(bounds)]
 
     def _serving(self, device: torch.device) -> nn.Module:
         """The weights to answer with when nothing is learnt: a bf16 copy where that is faster."""
@@ -129,22 +134,36 @@ def keep_layers(backbone: nn.Module, layers: int | Sequence[int]) -> None:
         config.layer_types = [config.layer_types[i] for i in wanted]
 
 
-def load_backbone(auto_class: type, checkpoint: str, **arguments) -> nn.Module:
+_WITHOUT_WEIGHTS: ContextVar[bool] = ContextVar("without_weights", default=False)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Inside, transformers are made from their configuration alone: to check a graph before it is loaded."""
+    token = _WITHOUT_WEIGHTS.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_WEIGHTS.reset(token)
+
+
+def load_backbone(auto_class: Any, checkpoint: str | Path, **arguments) -> nn.Module:
     """A ``transformers`` model in float32, without its loading report; remote code is never run."""
+    from transformers import AutoConfig
     from transformers.utils import logging
 
+    if _WITHOUT_WEIGHTS.get():
+        with torch.device("meta"):
+            return auto_class.from_config(AutoConfig.from_pretrained(checkpoint, **arguments))
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = auto_class.from_pretrained(
-            checkpoint, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, **arguments
-        )
+        return auto_class.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True, **arguments)
     finally:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
-    return model
 
 
 def in_slices(n: int, size: int, progress: bool, what: str) -> Iterator[slice]:

@@ -49,7 +49,7 @@ class TextTokenizer:
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
         state.pop("truncation", None)
         state.pop("padding", None)
-        return xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True))
+        return xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())
 
     @property
     def pad_id(self) -> int:
@@ -143,7 +143,7 @@ class TextColumn:
     @cached_property
     def key(self) -> str:
         """The column's name in a Batch."""
-        prompt = f"+{xxhash.xxh3_64_hexdigest(self.prompt)}" if self.prompt else ""
+        prompt = f"+{xxhash.xxh3_64_hexdigest(self.prompt.encode())}" if self.prompt else ""
         return f"ids:{self.fingerprint[:16]}{prompt}"
 
     def encode(self, texts: list[str]) -> Ragged:

@@ -1,0 +1,286 @@
+"""From a recipe's data to objects: a mapping with ``type`` is a call, all else is data."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.data.mixture import Mixture
+from distill.data.source import Source
+from distill.data.text_data import TextData
+from distill.errors import RecipeError, UserError
+from distill.graph import Arrow, DistillationGraph
+from distill.model import Model
+from distill.objectives.base import Objective
+from distill.recipe import nearest
+from distill.settings import Recipe
+
+OURS = frozenset({"distill", "teachers", "students"})
+NODE_KEYS = ("type", "train", "of")
+ARROW_KEYS = ("type", "from", "to", "weight", "detach", "data")
+SOURCE_KEYS = ("batch_size", "candidates", "negatives")  # of a data set: how its train split is batched
+
+
+@dataclass
+class Builder:
+    """Makes the objects of one recipe, and remembers every mistake until ``finish``.
+
+    Args:
+        trusted: Packages that a ``type`` may name, besides ours.
+        run_folder: Gives the folder of the model that another recipe makes, for ``{run: NAME}``.
+    """
+
+    trusted: Collection[str] = ()
+    run_folder: Callable[[str], str | Path] | None = None
+    problems: list[str] = field(default_factory=list)
+
+    def finish(self) -> None:
+        """Report what went wrong so far, all at once."""
+        if self.problems:
+            raise RecipeError("\n".join(dict.fromkeys(self.problems)))
+
+    def check(self, recipe: Recipe) -> None:
+        """The first look: every type exists, every argument has a name its type knows. Builds nothing."""
+        for name, node in recipe.data_sets.items():
+            where = "data" if "type" in recipe.data else f"data.{name}"
+            self._check_call(node, where, SOURCE_KEYS)
+        for name, node in recipe.models.items():
+            if set(node) == {"ref"}:
+                self._check_ref(node["ref"], recipe, f"models.{name}.ref")
+                continue
+            self._check_call(node, f"models.{name}", ("train",), Model)
+            for below in _names(node.get("of")):
+                if below not in recipe.models:
+                    self._say(f"models.{name}.of", f"there is no model '{below}'.", below, recipe.models)
+            for key, value in node.items():
+                if isinstance(value, Mapping) and set(value) == {"ref"}:
+                    self._check_ref(value["ref"], recipe, f"models.{name}.{key}")
+        for where, losses in (("losses", recipe.losses), ("baseline", recipe.baseline)):
+            for name, arrow in losses.items() if isinstance(losses, Mapping) else ():
+                self._check_call(arrow, f"{where}.{name}", ARROW_KEYS[1:], Objective)
+                for key in ("from", "to"):
+                    if (node := arrow.get(key)) is not None and node not in recipe.models:
+                        self._say(f"{where}.{name}.{key}", f"there is no model '{node}'.", node, recipe.models)
+                if "to" not in arrow:
+                    self.problems.append(f"{where}.{name}.to: this key is required; it names the node that learns.")
+        if recipe.keep not in recipe.models:
+            self._say("keep", f"there is no model '{recipe.keep}' to keep.", recipe.keep, recipe.models)
+        self.finish()
+
+    def build(self, node: Any, where: str) -> Any:
+        """Objects for a recipe node that refers to no other node."""
+        if isinstance(node, list):
+            return [self.build(item, f"{where}[{i}]") for i, item in enumerate(node)]
+        if not isinstance(node, Mapping):
+            return node
+        if set(node) == {"run"}:
+            if self.run_folder is None:
+                raise RecipeError(f"{where}.run: '{node['run']}' names a run, and there are none here.")
+            return str(self.run_folder(node["run"]))
+        arguments = {key: self.build(value, f"{where}.{key}") for key, value in node.items() if key != "type"}
+        return self._call(node["type"], arguments, where) if "type" in node else arguments
+
+    def data(self, recipe: Recipe) -> dict[str, TextData]:
+        """The data sets by name."""
+        return {
+            name: self.build({k: v for k, v in node.items() if k not in SOURCE_KEYS}, self._place(recipe, name))
+            for name, node in recipe.data_sets.items()
+        }
+
+    def source(self, recipe: Recipe, data: Mapping[str, TextData], heard: Collection[str]) -> Source:
+        """Batches of the train splits of the ``heard`` data sets; several are mixed."""
+        sources: dict[str, Source] = {}
+        for name in heard:
+            node = recipe.data_sets[name]
+            arguments = {k: self.build(node[k], f"{self._place(recipe, name)}.{k}") for k in SOURCE_KEYS if k in node}
+            arguments = {"batch_size": recipe.train.batch_size, "seed": recipe.train.seed, "name": name, **arguments}
+            try:
+                sources[name] = data[name].train_source(**arguments)
+            except ValueError as error:
+                raise RecipeError(f"{self._place(recipe, name)}: {error}") from error
+        return Mixture(sources, recipe.train.seed) if len(sources) > 1 else next(iter(sources.values()))
+
+    @staticmethod
+    def _place(recipe: Recipe, name: str) -> str:
+        return "data" if "type" in recipe.data else f"data.{name}"
+
+    def models(self, recipe: Recipe) -> tuple[dict[str, Model], set[str]]:
+        """The nodes by name, and which of them are trained."""
+        built: dict[str, Model] = {}
+        trained: set[str] = set()
+
+        def node_of(name: str, path: tuple[str, ...]) -> Model:
+            if name in path:
+                raise RecipeError(f"models: {' -> '.join((*path, name))} refer to each other.")
+            if name not in built:
+                spec = recipe.models[name]
+                if set(spec) == {"ref"}:
+                    built[name] = node_of(spec["ref"], (*path, name))
+                    trained.update({name} if spec["ref"] in trained else ())
+                else:
+                    built[name] = make(name, spec, (*path, name))
+                    trained.update({name} if spec.get("train", name == recipe.keep) else ())
+            return built[name]
+
+        def make(name: str, spec: Mapping[str, Any], path: tuple[str, ...]) -> Model:
+            where = f"models.{name}"
+            arguments: dict[str, Any] = {}
+            for key, value in spec.items():
+                if key in NODE_KEYS:
+                    continue
+                if isinstance(value, Mapping) and set(value) == {"ref"}:
+                    other, _, attribute = value["ref"].partition(".")
+                    arguments[key] = getattr(node_of(other, path), attribute)
+                else:
+                    arguments[key] = self.build(value, f"{where}.{key}")
+            if "of" in spec:
+                arguments["of"] = {below: node_of(below, path) for below in _names(spec["of"])}
+            torch.manual_seed(recipe.train.seed)  # a student starts alike whatever stands beside it
+            return self._call(spec["type"], arguments, where)
+
+        for name in recipe.models:
+            node_of(name, ())
+        return {name: built[name] for name in recipe.models}, trained
+
+    def graph(self, recipe: Recipe, losses: Mapping[str, Mapping[str, Any]] | None = None) -> DistillationGraph:
+        """The graph of a recipe; with other ``losses``, only of the nodes that these reach."""
+        arrows = []
+        for name, spec in (recipe.losses if losses is None else losses).items():
+            where = f"losses.{name}"
+            arguments = {k: self.build(v, f"{where}.{k}") for k, v in spec.items() if k not in ARROW_KEYS}
+            arrows.append(
+                Arrow(
+                    name=name,
+                    objective=self._call(spec["type"], arguments, where),
+                    head=spec["to"],
+                    tail=spec.get("from"),
+                    weight=spec.get("weight", 1.0),
+                    detach=spec.get("detach", True),
+                    data=tuple(_names(spec["data"])) if "data" in spec else None,
+                )
+            )
+        if losses is not None:
+            recipe = recipe.model_copy(update={"models": reached(recipe, losses)})
+        nodes, trained = self.models(recipe)
+        torch.manual_seed(recipe.train.seed)
+        return DistillationGraph(nodes, arrows, trained, recipe.keep)
+
+    def _call(self, type_name: str, arguments: Mapping[str, Any], where: str) -> Any:
+        target = self._locate(type_name, where)
+        try:
+            return target(**arguments)
+        except UserError as error:
+            raise type(error)(f"{where}: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"{where}: {error}") from error
+
+    def _check_call(self, node: Any, where: str, extra: Collection[str], base: type | None = None) -> None:
+        """Type and argument names of a node and of all typed nodes inside."""
+        if not isinstance(node, Mapping) or "type" not in node:
+            self.problems.append(f"{where}.type: this key is required; it names a class, such as {_example(base)}.")
+            return
+        try:
+            target = self._locate(node["type"], where)
+        except RecipeError as error:
+            self.problems.append(str(error))
+            return
+        if base is not None and not (inspect.isclass(target) and issubclass(target, base)):
+            self.problems.append(f"{where}.type: {node['type']} is not a {base.__name__}, such as {_example(base)}.")
+            return
+        parameters = inspect.signature(target).parameters
+        free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        for key, value in node.items():
+            if key not in ("type", *extra, *parameters) and not free:
+                known = [name for name in parameters if name != "self"]
+                self._say(
+                    where,
+                    f"{target.__name__} has no argument '{key}'; it takes {', '.join((*extra, *known))}.",
+                    key,
+                    (*extra, *known),
+                )
+            for i, item in enumerate(value if isinstance(value, list) else [value]):
+                if isinstance(item, Mapping) and "type" in item:
+                    inner = f"{where}.{key}" + (f"[{i}]" if isinstance(value, list) else "")
+                    self._check_call(item, inner, ())
+        for name, parameter in parameters.items():
+            wanted = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            if wanted and name not in node:
+                self.problems.append(f"{where}.{name}: this key is required by {target.__name__}.")
+
+    def _check_ref(self, ref: Any, recipe: Recipe, where: str) -> None:
+        name, _, attribute = str(ref).partition(".")
+        if name not in recipe.models:
+            self._say(where, f"there is no model '{name}' to refer to.", name, recipe.models)
+            return
+        if not attribute:
+            return
+        try:
+            shares = getattr(self._locate(recipe.models[name].get("type"), where), "shares", frozenset())
+        except RecipeError:
+            return  # said at that model
+        if attribute not in shares:
+            self._say(
+                where,
+                f"'{name}' does not share '{attribute}'; it shares {', '.join(sorted(shares)) or 'nothing'}.",
+                attribute,
+                shares,
+            )
+
+    def _locate(self, type_name: Any, where: str) -> Any:
+        module, _, name = str(type_name).rpartition(".")
+        root = str(type_name).partition(".")[0]
+        if root not in OURS and root not in self.trusted:
+            raise RecipeError(
+                f"{where}.type: '{type_name}' is outside of {', '.join(sorted(OURS))}. A type is code that runs: "
+                f"if you trust the package, pass --trust {root}.{nearest(root, OURS)}"
+            )
+        try:
+            holder = importlib.import_module(module)
+        except ImportError as error:
+            raise RecipeError(f"{where}.type: cannot import '{module}' of '{type_name}': {error}.") from error
+        if not hasattr(holder, name):
+            known = getattr(holder, "__all__", [])
+            raise RecipeError(
+                f"{where}.type: {module} has no '{name}'; it has {', '.join(known)}.{nearest(name, known)}"
+            )
+        return getattr(holder, name)
+
+    def _say(self, where: str, what: str, word: Any, known: Collection[str]) -> None:
+        self.problems.append(f"{where}: {what}{nearest(str(word), [str(k) for k in known])}")
+
+
+def reached(recipe: Recipe, losses: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The models that some losses name, and those that these are built from."""
+    wanted: set[str] = set()
+
+    def want(name: str) -> None:
+        if name in wanted or name not in recipe.models:
+            return
+        wanted.add(name)
+        spec = recipe.models[name]
+        for below in _names(spec.get("of")):
+            want(below)
+        for value in [spec, *spec.values()]:
+            if isinstance(value, Mapping) and "ref" in value:
+                want(str(value["ref"]).partition(".")[0])
+
+    for arrow in losses.values():
+        for name in (arrow.get("to"), arrow.get("from")):
+            if name is not None:
+                want(name)
+    want(recipe.keep)
+    return {name: spec for name, spec in recipe.models.items() if name in wanted}
+
+
+def _names(value: Any) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _example(base: type | None) -> str:
+    return {Model: "students.BiEncoder", Objective: "distill.objectives.ScoreKL"}.get(base, "distill.data.Retrieval")

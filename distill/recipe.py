@@ -1,0 +1,117 @@
+"""A recipe: read from YAML, overridden, checked against the schema. Next: ``build.py``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from distill.errors import RecipeError
+from distill.paths import recipes_folder
+from distill.settings import Recipe
+
+
+def load_recipe(spec: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a file, or of a name below ``recipes/`` (``text/wikiqa_student``), with overrides.
+
+    Args:
+        spec: A YAML file, or the name of a recipe that comes with the package.
+        overrides: ``key=value``, the key with dots, the value in YAML.
+
+    Raises:
+        RecipeError: All mistakes of the file at once, each with its key and what is allowed.
+    """
+    path = find_recipe(spec)
+    document = read_yaml(path)
+    ours = Path(spec).suffix not in (".yaml", ".yml")
+    document.setdefault("name", str(spec) if ours else path.stem)
+    for override in overrides:
+        _override(document, override)
+    return check_recipe(document, str(spec))
+
+
+def find_recipe(spec: str | Path) -> Path:
+    if Path(spec).suffix in (".yaml", ".yml"):
+        if Path(spec).is_file():
+            return Path(spec)
+        raise RecipeError(f"there is no recipe file {spec}.")
+    folder = recipes_folder()
+    path = folder / f"{spec}.yaml"
+    if not path.is_file():
+        names = recipe_names()
+        raise RecipeError(f"there is no recipe '{spec}'.{nearest(str(spec), names)} `distill list recipes` shows all.")
+    return path
+
+
+def recipe_names() -> list[str]:
+    folder = recipes_folder()
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML 1.2 mapping, by a safe loader: ``on`` is a word, ``2e-5`` a number, keys are not repeated."""
+    try:
+        document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise RecipeError(f"{path} must be a mapping with the keys {', '.join(Recipe.model_fields)}.")
+    return document
+
+
+def check_recipe(document: Mapping[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(where, problem) for problem in error.errors())) from None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?``, or nothing."""
+    guess = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean '{guess[0]}'?" if guess else ""
+
+
+def _explain(where: str, problem: Mapping[str, Any]) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    key = f"{where}: {place}" if place else where
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(problem["loc"][:-1])
+        last = str(problem["loc"][-1])
+        return f"{key}: there is no such key; known are {', '.join(known)}.{nearest(last, known)}"
+    if problem["type"] == "missing":
+        return f"{key}: this key is required."
+    said = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {said}" + (f", got {problem['input']!r}." if place else ".")
+
+
+def _keys_at(place: Sequence[str | int]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in place:
+        field = model.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"'{override}' is not an override; write key=value, such as train.epochs=3.")
+    try:
+        value = YAML(typ="safe", pure=True).load(text) if text.strip() else None
+    except YAMLError as error:
+        raise RecipeError(f"the value of '{override}' is not valid YAML: {error}") from error
+    *path, last = key.split(".")
+    at = document
+    for part in path:
+        at = at.setdefault(part, {})
+        if not isinstance(at, dict):
+            raise RecipeError(f"'{override}': '{part}' is not a mapping in this recipe, so it has no keys.")
+    at[last] = value

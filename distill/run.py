@@ -1,0 +1,304 @@
+"""What ``distill run`` does: teachers first, then the student, its baseline, their measures, and the model.
+
+A run is a folder. What is finished in it is not done again, so an interrupted run goes on by the same command.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from ruamel.yaml import YAML
+
+from distill.build import Builder
+from distill.data.judged import Judged
+from distill.data.source import Source
+from distill.data.text_data import TextData
+from distill.errors import RecipeError
+from distill.evaluation import Evaluation, evaluate_model, queries_per_second, size_in_mb
+from distill.graph import DistillationGraph
+from distill.hub.files import atomic_write_text
+from distill.model import Encoder, Model
+from distill.nn.text_encoder import without_weights
+from distill.recipe import load_recipe
+from distill.settings import Recipe
+from distill.trainer import Progress, Trainer
+
+log = logging.getLogger("distill")
+
+FINISHED = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The folder of all runs, and whom a recipe may name in them.
+
+    Args:
+        folder: Each run is a folder below it, by the recipe's name.
+        trusted: Packages that a recipe's ``type`` may name, besides ours.
+        overwrite: Remove what a run of another recipe left under the same name.
+    """
+
+    folder: Path = Path("runs")
+    trusted: Collection[str] = ()
+    overwrite: bool = False
+
+    def run(self, recipe: Recipe) -> Path:
+        """Run a recipe to its end, or go on with it; returns the run's folder."""
+        folder = self.folder / recipe.name
+        if self._is_done(recipe, folder):
+            log.info("%s is finished; its recipe has not changed, so nothing is done again.", folder)
+            return folder
+        self.check(recipe)
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(folder / "recipe.yaml", _yaml(recipe))
+        atomic_write_text(folder / "environment.json", json.dumps(environment(), indent=1))
+        _Run(recipe, folder, self._builder(self.model_of)).run()
+        return folder
+
+    def check(self, recipe: Recipe) -> tuple[DistillationGraph, dict[str, TextData]]:
+        """Everything that can be checked without weights: names, data, the graph and its baseline's."""
+        builder = self._builder(self._configuration_of)
+        builder.check(recipe)
+        data = builder.data(recipe)
+        labelled = {name: part.split("train").labels is not None for name, part in data.items() if "train" in part.splits}
+        split_to_measure(recipe, data)
+        with without_weights():
+            graph = builder.graph(recipe)
+            graph.check(labelled)
+            if (losses := baseline_losses(recipe)) is not None:
+                builder.graph(recipe, losses).check(labelled)
+        return graph, data
+
+    def model_of(self, name: str) -> Path:
+        """The model that another recipe leaves; it is run first if no finished run is there."""
+        recipe = load_recipe(name)
+        folder = self.folder / recipe.name
+        if not (folder / FINISHED).exists():
+            log.info("%s is needed and not there yet: it is run first.", recipe.name)
+            self.run(recipe)
+        return folder / recipe.keep
+
+    def _configuration_of(self, name: str) -> str | Path:
+        """A checkpoint of the same architecture as the model that another recipe leaves, or will leave."""
+        recipe = load_recipe(name)
+        folder = self.folder / recipe.name / recipe.keep
+        if (folder / "config.json").exists() or (folder / "modules.json").exists():
+            return folder
+        node = recipe.models.get(recipe.keep, {})
+        return self._builder(self._configuration_of).build(node.get("checkpoint"), f"{name}: models.{recipe.keep}")
+
+    def _builder(self, run_folder) -> Builder:
+        return Builder(self.trusted, run_folder)
+
+    def _is_done(self, recipe: Recipe, folder: Path) -> bool:
+        if not (folder / "recipe.yaml").exists():
+            return False
+        before = YAML(typ="safe", pure=True).load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        now = recipe.model_dump(mode="json")
+        if before == now:
+            return (folder / FINISHED).exists()
+        if not self.overwrite:
+            changed = [key for key in now if before.get(key) != now[key]]
+            raise RecipeError(
+                f"{folder} holds a run of another recipe (other: {', '.join(changed)}). "
+                f"Give this one a name of its own (name=...), or pass --overwrite to replace it."
+            )
+        shutil.rmtree(folder)
+        return False
+
+
+class _Run:
+    """One run, from built objects to files."""
+
+    def __init__(self, recipe: Recipe, folder: Path, builder: Builder):
+        self.recipe, self.folder, self.builder = recipe, folder, builder
+        self.data = builder.data(recipe)
+        self.measured = split_to_measure(recipe, self.data)
+
+    def run(self) -> None:
+        recipe = self.recipe
+        graph = self.builder.graph(recipe)
+        progress = self._train(graph, self.folder)
+        graph.nodes[recipe.keep].save_pretrained(self.folder / recipe.keep)
+        for name in sorted(graph.trained - {recipe.keep}):
+            graph.nodes[name].save_pretrained(self.folder / "teachers" / name)
+        evaluations = {recipe.keep: self._evaluate(graph.nodes[recipe.keep])}
+        if recipe.evaluate.teachers:
+            teachers = [name for name in graph.nodes if name != recipe.keep and self._can_be_measured(graph.nodes[name])]
+            evaluations |= {name: self._evaluate(graph.nodes[name]) for name in teachers}
+        models: dict[str, Model] = dict(graph.nodes)
+        if (losses := baseline_losses(recipe)) is not None:
+            log.info("the same %s without teachers: same data, seed and %d steps", recipe.keep, progress.steps)
+            alone = self.builder.graph(recipe, losses)
+            self._train(alone, self.folder / "baseline", steps=progress.steps)
+            models["baseline"] = alone.nodes[recipe.keep]
+            models["baseline"].save_pretrained(self.folder / "baseline" / recipe.keep)
+            evaluations["baseline"] = self._evaluate(models["baseline"])
+        if recipe.search:
+            self._index(graph.nodes[recipe.keep])
+        self._write(models, evaluations, progress)
+
+    def _train(self, graph: DistillationGraph, folder: Path, steps: int | None = None) -> Progress:
+        """Train a graph on the data sets that any of its arrows hears."""
+        recipe = self.recipe
+        with_train = [name for name, data in self.data.items() if "train" in data.splits]
+        heard = [n for n in with_train if any(a.data is None or n in a.data for a in graph.arrows)]
+        source = self.builder.source(recipe, self.data, heard)
+        graph.check({name: self.data[name].split("train").labels is not None for name in heard})
+        source.prepare(*graph.columns())
+        dev = self._dev()
+        metrics = recipe.evaluate.metrics
+        trainer = Trainer(
+            graph,
+            source,
+            recipe.train,
+            folder,
+            evaluate=(lambda: self._measure(graph.nodes[recipe.keep], dev, dev).means) if dev and metrics else None,
+            select=recipe.train.select or next(iter(metrics), None),
+            steps=steps,
+        )
+        return trainer.fit()
+
+    def _dev(self) -> Judged | None:
+        data = self.data[self.measured[0]] if self.measured else None
+        return data.split("dev") if data is not None and "dev" in data.splits else None
+
+    def _evaluate(self, model: Model) -> Evaluation | None:
+        if self.measured is None or not self.recipe.evaluate.metrics:
+            return None
+        name, split = self.measured
+        return self._measure(model, self.data[name].split(split), self._dev())
+
+    def _measure(self, model: Model, judged: Judged, dev: Judged | None) -> Evaluation:
+        settings = self.recipe.evaluate
+        return evaluate_model(
+            model, judged, settings.metrics, rerank=settings.rerank, threshold_from=dev
+        )
+
+    @staticmethod
+    def _can_be_measured(model: Model) -> bool:
+        return isinstance(model, Encoder) or (hasattr(model, "score_pairs") and "scores" in model.provides)
+
+    def _index(self, model: Model) -> None:
+        from distill.index import Index
+
+        if not isinstance(model, Encoder) or self.measured is None:
+            raise RecipeError("search: only an Encoder, measured on a split, can be searched; remove `search`.")
+        candidates = self.data[self.measured[0]].split(self.measured[1]).candidates
+        index = Index.build(model.encode_candidates(candidates.texts), candidates.ids, candidates.texts)
+        index.save(self.folder / "index")
+
+    def _write(
+        self, models: Mapping[str, Model], evaluations: Mapping[str, Evaluation | None], progress: Progress
+    ) -> None:
+        recipe = self.recipe
+        measures: dict[str, Any] = {}
+        frames = []
+        for name, evaluation in evaluations.items():
+            entry: dict[str, Any] = {"size_mb": round(size_in_mb(models[name]), 3)}
+            if evaluation is not None:
+                entry |= evaluation.to_json()
+                frames.append(evaluation.per_query.assign(model=name))
+                if isinstance(models[name], Encoder):
+                    queries = self.data[self.measured[0]].split(self.measured[1]).queries.texts[:512]
+                    entry["queries_per_second"] = round(queries_per_second(models[name], queries), 1)
+            measures[name] = entry
+        if frames:
+            partial = self.folder / ".per_query.parquet"
+            pd.concat(frames, ignore_index=True).to_parquet(partial, index=False)
+            partial.replace(self.folder / "per_query.parquet")
+        result = {
+            "name": recipe.name,
+            "keep": recipe.keep,
+            "seed": recipe.train.seed,
+            "steps": progress.steps,
+            "best_step": progress.best_step,
+            "dev": progress.dev,
+            "models": measures,
+        }
+        card = self._card(measures)
+        atomic_write_text(self.folder / recipe.keep / "README.md", card)
+        atomic_write_text(self.folder / "README.md", card)
+        for folder in (self.folder, self.folder / "baseline"):
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        atomic_write_text(self.folder / FINISHED, json.dumps(result, indent=1))  # last: it marks the end
+
+    def _card(self, measures: Mapping[str, Mapping[str, Any]]) -> str:
+        from distill.hub import model_card
+
+        recipe = self.recipe
+        base = recipe.models[recipe.keep].get("checkpoint")
+        return model_card(
+            recipe.name,
+            "encoder" if recipe.models[recipe.keep]["type"].endswith("BiEncoder") else "cross_encoder",
+            recipe.model_dump(mode="json"),
+            recipe.keep,
+            {name: entry["metrics"] for name, entry in measures.items() if "metrics" in entry},
+            command=f"distill run {recipe.name}",
+            dataset=" ".join(self.measured) if self.measured else "",
+            base_model=base if isinstance(base, str) else None,
+        )
+
+
+def baseline_losses(recipe: Recipe) -> dict[str, dict[str, Any]] | None:
+    """The losses of the same student without teachers; None: the recipe asks for no baseline."""
+    if recipe.baseline is False:
+        return None
+    if isinstance(recipe.baseline, Mapping):
+        return dict(recipe.baseline)
+    losses = {name: arrow for name, arrow in recipe.losses.items() if "from" not in arrow and arrow["to"] == recipe.keep}
+    if not losses:
+        raise RecipeError(
+            "baseline: no loss of this recipe leads from the labels to the student, so there is nothing to train "
+            "it on alone; give the baseline's losses under `baseline:`."
+        )
+    return losses
+
+
+def split_to_measure(recipe: Recipe, data: Mapping[str, TextData]) -> tuple[str, str] | None:
+    """The data set and split that are measured; None: the recipe names no metrics."""
+    wanted, split = recipe.evaluate.data, recipe.evaluate.split
+    if not recipe.evaluate.metrics:
+        return None
+    if wanted is not None and wanted not in data:
+        raise RecipeError(f"evaluate.data: there is no data set '{wanted}'; there are {', '.join(data)}.")
+    for name in [wanted] if wanted is not None else data:
+        if split in data[name].splits:
+            return name, split
+    raise RecipeError(
+        f"evaluate.split: no data set has a split '{split}'; there are "
+        + "; ".join(f"{name}: {', '.join(part.splits)}" for name, part in data.items())
+        + "."
+    )
+
+
+def environment() -> dict[str, Any]:
+    """What a run's figures depend on, besides its recipe."""
+    packages = ("torch", "transformers", "datasets", "accelerate", "faiss-cpu", "tokenizers", "numpy")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "packages": {name: metadata.version(name) for name in packages},
+    }
+
+
+def _yaml(recipe: Recipe) -> str:
+    import io
+
+    stream = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.dump(recipe.model_dump(mode="json"), stream)
+    return stream.getvalue()

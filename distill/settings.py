@@ -1,0 +1,85 @@
+"""The schema of a recipe: what its keys are and what they mean. Next: ``recipe.py``, which reads one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from distill.nn.precision import Precision
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class TrainSettings(_Strict):
+    """How the graph is trained.
+
+    Batches hold ``batch_size`` queries; an optimiser step takes ``accumulate`` of them. The learning rate
+    rises over the first ``warmup`` of the steps and then follows ``schedule``. The dev split is measured
+    every ``evaluate_every`` epochs, and the model with the best ``select`` there is kept.
+    """
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    steps: Annotated[int, Field(gt=0)] | None = None  # instead of epochs
+    minutes: Annotated[float, Field(gt=0)] | None = None  # epochs are cut to fit, by the speed measured
+    batch_size: Annotated[int, Field(gt=0)] = 32
+    accumulate: Annotated[int, Field(gt=0)] = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 2.0e-5
+    learning_rates: dict[str, Annotated[float, Field(gt=0)]] = {}  # of single nodes, by name
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    clip: Annotated[float, Field(gt=0)] | None = 1.0  # norm of all gradients together
+    mixed_precision: Precision = "auto"
+    seed: int = 1
+    evaluate_every: Annotated[float, Field(gt=0)] | None = 1.0  # epochs; null: never
+    select: str | None = None  # metric on dev; null: the first of evaluate.metrics
+    patience: Annotated[int, Field(gt=0)] | None = None  # evaluations without a better one before it stops
+    checkpoint_every: Annotated[int, Field(gt=0)] | None = None  # steps; null: at each evaluation
+    log_every: Annotated[int, Field(gt=0)] = 10  # steps
+    trackers: list[str] = []  # of Accelerate: tensorboard, wandb, ...
+    deterministic: bool = False
+
+
+class EvaluateSettings(_Strict):
+    """What is measured after training, on which split of which data set."""
+
+    split: str = "test"
+    data: str | None = None  # with several data sets: the one to measure; null: the first that has the split
+    metrics: list[str] = []
+    teachers: bool = True  # measure them too
+    rerank: Annotated[int, Field(gt=0)] = 100  # a model that cannot be indexed re-ranks so many of BM25's
+
+
+class Recipe(_Strict):
+    """One YAML file: data, models, losses, and how to train and measure.
+
+    ``models`` and ``losses`` are kept as data; ``build.py`` turns them into objects. ``baseline`` gives the
+    losses of the same student trained without teachers, on the same data, steps and seed; ``true`` takes
+    the recipe's own losses that start at the labels.
+    """
+
+    name: str
+    data: dict[str, Any]
+    models: dict[str, dict[str, Any]]
+    losses: dict[str, dict[str, Any]]
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    baseline: bool | dict[str, dict[str, Any]] = False
+    keep: str = "student"
+    search: list[str] = []  # sample queries answered from an index of the test candidates at the end
+
+    @model_validator(mode="after")
+    def _something_to_train(self) -> Recipe:
+        if not self.models:
+            raise ValueError("models: a recipe needs at least one")
+        if not self.losses:
+            raise ValueError("losses: a recipe needs at least one")
+        return self
+
+    @property
+    def data_sets(self) -> dict[str, dict[str, Any]]:
+        """The data sets by name; a single one is called ``data``."""
+        return {"data": self.data} if "type" in self.data else self.data
