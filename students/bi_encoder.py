@@ -14,7 +14,7 @@ from distill.batch import Batch, Ragged
 from distill.hub import Dense, EncoderLayout, Side, read_encoders, resolve_checkpoint, write_encoder, write_two_encoders
 from distill.model import Encoder
 from distill.nn.precision import Precision, serving_autocast
-from distill.nn.text_encoder import TextEncoder, in_slices, keep_layers, load_backbone
+from distill.nn.text_encoder import TextEncoder, dropout_arguments, in_slices, keep_layers, load_backbone
 from distill.nn.tokenizer import TextColumn, TextTokenizer
 from distill.outputs import Needs, Outputs
 
@@ -42,6 +42,7 @@ class BiEncoder(Encoder):
         query_max_length: Ids of a query; None is ``max_length``.
         query_prompt: Put before each query; None takes the checkpoint's.
         candidate_prompt: Put before each candidate; None takes the checkpoint's.
+        dropout: Of the transformer's layers while it is trained; None keeps the checkpoint's.
         activation_checkpointing: Compute activations again in the backward: less memory, more time.
         chunk_tokens: See :class:`distill.nn.text_encoder.TextEncoder`.
         precision: Of encoding outside training: ``auto``, ``no`` (float32), ``bf16``.
@@ -65,6 +66,7 @@ class BiEncoder(Encoder):
         query_max_length: int | None = None,
         query_prompt: str | None = None,
         candidate_prompt: str | None = None,
+        dropout: float | None = None,
         activation_checkpointing: bool = False,
         chunk_tokens: int | None = None,
         precision: Precision = "auto",
@@ -73,7 +75,7 @@ class BiEncoder(Encoder):
         from transformers import AutoModel
 
         layouts = read_encoders(resolve_checkpoint(checkpoint))
-        separate = encoders == "separate" or (encoders is None and layouts[0] is not layouts[1])
+        separate = encoders == "separate" or (encoders is None and not layouts.shared)
         if encoder is not None and (separate or layers is not None):
             raise ValueError(
                 "a shared `encoder` is taken as it is: leave out `layers` and `encoders: separate`."
@@ -83,7 +85,7 @@ class BiEncoder(Encoder):
             text = encoder
             if text is None:
                 folder = str(layout.transformer_folder)
-                backbone = load_backbone(AutoModel, folder)
+                backbone = load_backbone(AutoModel, folder, **dropout_arguments(folder, dropout))
                 if layers is not None:
                     keep_layers(backbone, layers)
                 if activation_checkpointing:

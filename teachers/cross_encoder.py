@@ -12,7 +12,7 @@ from distill.batch import Batch, Ragged
 from distill.hub import read_cross_encoder, resolve_checkpoint, write_cross_encoder
 from distill.model import Model
 from distill.nn.precision import Precision, serving_autocast
-from distill.nn.text_encoder import TextEncoder, in_slices, keep_layers, load_backbone
+from distill.nn.text_encoder import TextEncoder, dropout_arguments, in_slices, keep_layers, load_backbone
 from distill.nn.tokenizer import TextColumn, TextTokenizer
 from distill.outputs import Needs, Outputs
 
@@ -61,12 +61,11 @@ class CrossEncoder(Model):
 
         folder = resolve_checkpoint(checkpoint)
         layout = read_cross_encoder(folder)
-        arguments = {} if dropout is None else _dropout_arguments(layout.transformer_folder, dropout)
         backbone = load_backbone(
             AutoModelForSequenceClassification,
             layout.transformer_folder,
             num_labels=classes or layout.num_labels,
-            **arguments,
+            **dropout_arguments(layout.transformer_folder, dropout),
         )
         if layers is not None:
             keep_layers(backbone, layers)
@@ -140,11 +139,3 @@ class CrossEncoder(Model):
         """Write a folder that this class, and the CrossEncoder of sentence-transformers, opens."""
         write_cross_encoder(folder, self.encoder.backbone, self.encoder.tokenizer.tokenizer, self.max_length)
 
-
-def _dropout_arguments(checkpoint: str | Path, dropout: float) -> dict[str, float]:
-    """The configuration's own names of its dropout probabilities, set to one value."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(checkpoint)
-    names = [name for name in config.to_dict() if "dropout" in name or name.endswith("_drop")]
-    return {name: dropout for name in names if getattr(config, name) is not None}

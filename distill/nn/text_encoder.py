@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distill.batch import Ragged
 from distill.errors import RecipeError
+from distill.nn.cpu_training import prepare_for_cpu
 from distill.nn.precision import native_bf16
 from distill.nn.tokenizer import TextTokenizer
 
@@ -33,11 +34,12 @@ class TextEncoder(nn.Module):
     Args:
         backbone: A ``PreTrainedModel``.
         tokenizer: Its tokenizer.
-        chunk_tokens: Padded ids per chunk; None chooses 4,096 on a CPU, 65,536 on a GPU.
+        chunk_tokens: Padded ids per chunk; None chooses 2,048 on a CPU, 65,536 on a GPU.
     """
 
     def __init__(self, backbone: nn.Module, tokenizer: TextTokenizer, chunk_tokens: int | None = None):
         super().__init__()
+        prepare_for_cpu(backbone)
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.chunk_tokens = chunk_tokens
@@ -64,7 +66,7 @@ class TextEncoder(nn.Module):
         device = next(self.backbone.parameters()).device
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
         backbone = self.backbone if learning or self.training else self._serving(device)
-        budget = self.chunk_tokens or (4096 if device.type == "cpu" else 65536)
+        budget = self.chunk_tokens or (2048 if device.type == "cpu" else 65536)
         embedded = None
         if learning:
             words = self.backbone.get_input_embeddings()(ids.values.to(device))
@@ -174,3 +176,13 @@ def in_slices(n: int, size: int, progress: bool, what: str) -> Iterator[slice]:
         for start in range(0, n, size):
             yield slice(start, start + size)
             bar.update(min(size, n - start))
+
+
+def dropout_arguments(checkpoint: str | Path, dropout: float | None) -> dict[str, float]:
+    """The configuration's own names of its dropout probabilities, all set to one value; none for None."""
+    if dropout is None:
+        return {}
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint).to_dict()
+    return {name: dropout for name, value in config.items() if "dropout" in name and isinstance(value, float)}

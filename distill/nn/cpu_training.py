@@ -1,0 +1,89 @@
+"""Attention and dropout that train fast on a CPU; on a GPU, and without gradient, torch's own are used.
+
+On a CPU the backward of torch's fused attention takes several times as long as the plain products for texts of
+ordinary length, and its dropout draws one random number at a time. Both are measured by
+``benchmarks/train_text.py``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+NAME = "distill"  # of the attention, as `transformers` registers it
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask is drawn by a fast generator, seeded by torch's: a run that is resumed draws the same.
+
+    Probabilities are taken to 1/65,536.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        return dropout(x, self.p)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Zero each value with probability p and divide the others by 1 - p."""
+    if x.device.type != "cpu":
+        return nn.functional.dropout(x, p)
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    words = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, -(-x.numel() // 4), dtype=np.uint64)
+    drawn = torch.from_numpy(words.view(np.int16)[: x.numel()]).view(x.shape)
+    return x * ((drawn >= round(p * 65536) - 32768) * (1.0 / (1.0 - p))).to(x.dtype)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others,
+) -> tuple[Tensor, None]:
+    """An attention of ``transformers``: query, key, value [n, H, T, D] to [n, T, H, D]; the mask is boolean."""
+    plain = query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad
+    if not plain or query.shape[1] != key.shape[1] or others.get("position_bias") is not None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    weights = (query * scale) @ key.transpose(-1, -2)  # [n, H, T, T]
+    if attention_mask is not None:
+        low = torch.finfo(weights.dtype).min
+        weights = weights + torch.zeros_like(attention_mask, dtype=weights.dtype).masked_fill_(
+            ~attention_mask, low
+        )
+    weights = weights.softmax(dim=-1)
+    if dropout > 0.0:
+        weights = _dropout(weights, dropout)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+_dropout = dropout  # `attention` must call its argument by the name that transformers gives it
+
+
+def prepare_for_cpu(backbone: nn.Module) -> None:
+    """Put this attention and this dropout into a transformer, where its architecture lets one choose."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    if backbone.config._attn_implementation == "sdpa" and not getattr(backbone.config, "is_decoder", False):
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        backbone.set_attn_implementation(NAME)
+    for parent in list(backbone.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Dropout:
+                setattr(parent, name, Dropout(child.p).train(child.training))
