@@ -33,6 +33,7 @@ class Groups(TextData):
         seed: Of the queries held out.
 
     Example:
+        >>> import pyarrow as pa
         >>> rows = pa.table({"query": ["a", "a"], "candidate": ["x", "y"], "label": [1, 0]})
         >>> Groups(train=rows).split("train").listed.tolist()
         [[0, 1]]
@@ -102,6 +103,7 @@ class TextPairs(TextData):
         seed: Of the pairs held out.
 
     Example:
+        >>> import pyarrow as pa
         >>> rows = pa.table({"text1": ["a"], "text2": ["b"], "label": [4.0]})
         >>> TextPairs(train=rows, label_scale=[0, 5]).split("train").labels
         tensor([0.8000])

@@ -138,9 +138,9 @@ def read_table(
             raise DataError(f"{where}: the list of tables is empty.")
         return _below([read_table(one, columns, optional, f"{where}[{i}]") for i, one in enumerate(spec)])
     if isinstance(spec, Mapping):
-        if unknown := set(spec) - {"path", "columns"}:
+        if "path" not in spec or set(spec) - {"path", "columns"}:
             raise DataError(
-                f"{where}: unknown key {_quoted(unknown)}; a table is given by 'path' and 'columns'."
+                f"{where}: a table is given by 'path' and, if need be, 'columns'; here are {_quoted(spec)}."
             )
         own = spec.get("columns") or {}
         if columns is not None and (unknown := set(own) - set(columns)):

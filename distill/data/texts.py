@@ -31,6 +31,7 @@ class Texts(TextData):
     Empty texts are left out.
 
     Example:
+        >>> import pyarrow as pa
         >>> Texts(pa.table({"text": ["One. Two!", "One."]}), sentences=True).split("train").candidates.texts
         ['One.', 'Two!']
     """
@@ -57,8 +58,8 @@ class Texts(TextData):
         found: dict[str, None] = {}
         for i, spec in enumerate(self.tables):
             columns = self.columns
-            if isinstance(spec, Mapping):
-                columns, spec = spec.get("columns", columns), spec["path"]
+            if isinstance(spec, Mapping) and "columns" in spec:
+                columns, spec = spec["columns"], {**spec, "columns": None}
             table = read_table(spec, {column: column for column in columns}, where=f"train[{i}]")
             for column in columns:
                 for text in table.strings(column):
