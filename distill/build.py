@@ -24,7 +24,7 @@ from distill.settings import Recipe
 OURS = frozenset({"distill", "teachers", "students"})
 NODE_KEYS = ("type", "train", "of")
 ARROW_KEYS = ("type", "from", "to", "weight", "detach", "data")
-SOURCE_KEYS = ("batch_size", "candidates", "negatives")  # of a data set: how its train split is batched
+SOURCE_KEYS = ("batch_size", "candidates", "negatives", "path")  # of any data set: batches, and where files lie
 
 
 @dataclass
@@ -89,7 +89,10 @@ class Builder:
     def data(self, recipe: Recipe) -> dict[str, TextData]:
         """The data sets by name."""
         return {
-            name: self.build({k: v for k, v in node.items() if k not in SOURCE_KEYS}, self._place(recipe, name))
+            name: self.build(
+                {k: _below(node.get("path"), v) for k, v in node.items() if k not in SOURCE_KEYS},
+                self._place(recipe, name),
+            )
             for name, node in recipe.data_sets.items()
         }
 
@@ -98,7 +101,7 @@ class Builder:
         sources: dict[str, Source] = {}
         for name in heard:
             node = recipe.data_sets[name]
-            arguments = {k: self.build(node[k], f"{self._place(recipe, name)}.{k}") for k in SOURCE_KEYS if k in node}
+            arguments = {k: self.build(node[k], f"{self._place(recipe, name)}.{k}") for k in SOURCE_KEYS[:-1] if k in node}
             arguments = {"batch_size": recipe.train.batch_size, "seed": recipe.train.seed, "name": name, **arguments}
             try:
                 sources[name] = data[name].train_source(**arguments)
@@ -276,6 +279,19 @@ def reached(recipe: Recipe, losses: Mapping[str, Mapping[str, Any]]) -> dict[str
                 want(name)
     want(recipe.keep)
     return {name: spec for name, spec in recipe.models.items() if name in wanted}
+
+
+def _below(folder: str | None, value: Any) -> Any:
+    """A data set's argument with the names of files that lie in ``folder`` made whole."""
+    if folder is None or value is None:
+        return value
+    if isinstance(value, Mapping):
+        return {key: item if key == "columns" else _below(folder, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_below(folder, item) for item in value]
+    if isinstance(value, str) and (Path(folder).expanduser() / value).exists():
+        return str(Path(folder).expanduser() / value)
+    return value
 
 
 def _names(value: Any) -> list[str]:

@@ -69,6 +69,7 @@ class TextEncoder(nn.Module):
         budget = self.chunk_tokens or (2048 if device.type == "cpu" else 65536)
         embedded = None
         if learning:
+            self._half = None  # the weights are about to change; a fused optimiser does not mark them
             words = self.backbone.get_input_embeddings()(ids.values.to(device))
             embedded = torch.cat([words, words.new_zeros(1, words.shape[-1])])  # the last row pads
         for rows in self.cut(ids.lengths, budget):

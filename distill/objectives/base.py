@@ -19,7 +19,7 @@ class Loss(NamedTuple):
     """
 
     loss: Tensor  # [R] float32
-    count: Tensor  # [R] float32
+    count: Tensor  # type: ignore[assignment]  # [R] float32
 
 
 class Objective(nn.Module, ABC):
