@@ -24,7 +24,7 @@ from distill.settings import Recipe
 OURS = frozenset({"distill", "teachers", "students"})
 NODE_KEYS = ("type", "train", "of")
 ARROW_KEYS = ("type", "from", "to", "weight", "detach", "data")
-SOURCE_KEYS = ("batch_size", "candidates", "negatives", "path")  # of any data set: batches, and where files lie
+SOURCE_KEYS = ("batch_size", "candidates", "negatives", "with_positive", "path")  # of any data set: batches, and where files lie
 
 
 @dataclass

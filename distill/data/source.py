@@ -67,6 +67,7 @@ class TextSource(Source):
         negatives: Samplers, asked in this order.
         seed: Of the order and of all that is drawn.
         name: What batches and errors call it.
+        with_positive: Leave out the queries without a positive.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class TextSource(Source):
         negatives: Sequence[Negatives] = (),
         seed: int = 0,
         name: str = "data",
+        with_positive: bool = False,
     ):
         if batch_size < 1 or candidates < 1:
             raise ValueError(f"batch_size ({batch_size}) and candidates ({candidates}) must be at least 1.")
@@ -85,6 +87,9 @@ class TextSource(Source):
         self.judged, self.batch_size, self.seed, self.name = judged, batch_size, seed, name
         self.negatives = tuple(negatives)
         self.lists = Lists(judged)
+        self.with_positive = with_positive
+        if with_positive and not (self.lists.positives > 0).any():
+            raise ValueError(f"{judged.name}: with_positive leaves nothing, no query has a positive.")
         self.width = min(candidates, self.lists.longest + sum(sampler.count for sampler in self.negatives))
         self._columns: tuple[dict[str, _Tokens], dict[str, _Tokens]] = ({}, {})
         self._ready = False
@@ -138,8 +143,7 @@ class TextSource(Source):
     @property
     def _rows(self) -> Tensor:
         """What is shuffled: the queries, or without queries the distinct texts."""
-        n = len(self.queries)
-        return torch.arange(n) if n else self.candidates.same_text.unique()
+        return self.query_rows if len(self.queries) else self.candidates.same_text.unique()
 
     def _shuffled(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
@@ -186,7 +190,9 @@ class TextSource(Source):
 
     @property
     def query_rows(self) -> Tensor:
-        """The rows of all queries."""
+        """The rows of the queries that batches are made of."""
+        if self.with_positive:
+            return (self.lists.positives > 0).nonzero()[:, 0]
         return torch.arange(len(self.queries))
 
     @property

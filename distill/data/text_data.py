@@ -36,6 +36,7 @@ class TextData(ABC):
         negatives: Sequence[Negatives] = (),
         seed: int = 0,
         name: str = "data",
+        with_positive: bool = False,
     ) -> TextSource:
         """Batches of the train split; the arguments are those of ``TextSource``."""
-        return TextSource(self.split("train"), batch_size, candidates, negatives, seed, name)
+        return TextSource(self.split("train"), batch_size, candidates, negatives, seed, name, with_positive)
