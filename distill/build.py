@@ -24,7 +24,13 @@ from distill.settings import Recipe
 OURS = frozenset({"distill", "teachers", "students"})
 NODE_KEYS = ("type", "train", "of")
 ARROW_KEYS = ("type", "from", "to", "weight", "detach", "data")
-SOURCE_KEYS = ("batch_size", "candidates", "negatives", "with_positive", "path")  # of any data set: batches, and where files lie
+SOURCE_KEYS = (
+    "batch_size",
+    "candidates",
+    "negatives",
+    "with_positive",
+    "path",
+)  # of any data set: batches, and where files lie
 
 
 @dataclass
@@ -66,9 +72,13 @@ class Builder:
                 self._check_call(arrow, f"{where}.{name}", ARROW_KEYS[1:], Objective)
                 for key in ("from", "to"):
                     if (node := arrow.get(key)) is not None and node not in recipe.models:
-                        self._say(f"{where}.{name}.{key}", f"there is no model '{node}'.", node, recipe.models)
+                        self._say(
+                            f"{where}.{name}.{key}", f"there is no model '{node}'.", node, recipe.models
+                        )
                 if "to" not in arrow:
-                    self.problems.append(f"{where}.{name}.to: this key is required; it names the node that learns.")
+                    self.problems.append(
+                        f"{where}.{name}.to: this key is required; it names the node that learns."
+                    )
         if recipe.keep not in recipe.models:
             self._say("keep", f"there is no model '{recipe.keep}' to keep.", recipe.keep, recipe.models)
         self.finish()
@@ -101,8 +111,17 @@ class Builder:
         sources: dict[str, Source] = {}
         for name in heard:
             node = recipe.data_sets[name]
-            arguments = {k: self.build(node[k], f"{self._place(recipe, name)}.{k}") for k in SOURCE_KEYS[:-1] if k in node}
-            arguments = {"batch_size": recipe.train.batch_size, "seed": recipe.train.seed, "name": name, **arguments}
+            arguments = {
+                k: self.build(node[k], f"{self._place(recipe, name)}.{k}")
+                for k in SOURCE_KEYS[:-1]
+                if k in node
+            }
+            arguments = {
+                "batch_size": recipe.train.batch_size,
+                "seed": recipe.train.seed,
+                "name": name,
+                **arguments,
+            }
             try:
                 sources[name] = data[name].train_source(**arguments)
             except ValueError as error:
@@ -151,7 +170,9 @@ class Builder:
             node_of(name, ())
         return {name: built[name] for name in recipe.models}, trained
 
-    def graph(self, recipe: Recipe, losses: Mapping[str, Mapping[str, Any]] | None = None) -> DistillationGraph:
+    def graph(
+        self, recipe: Recipe, losses: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> DistillationGraph:
         """The graph of a recipe; with other ``losses``, only of the nodes that these reach."""
         arrows = []
         for name, spec in (recipe.losses if losses is None else losses).items():
@@ -186,7 +207,9 @@ class Builder:
     def _check_call(self, node: Any, where: str, extra: Collection[str], base: type | None = None) -> None:
         """Type and argument names of a node and of all typed nodes inside."""
         if not isinstance(node, Mapping) or "type" not in node:
-            self.problems.append(f"{where}.type: this key is required; it names a class, such as {_example(base)}.")
+            self.problems.append(
+                f"{where}.type: this key is required; it names a class, such as {_example(base)}."
+            )
             return
         try:
             target = self._locate(node["type"], where)
@@ -194,7 +217,9 @@ class Builder:
             self.problems.append(str(error))
             return
         if base is not None and not (inspect.isclass(target) and issubclass(target, base)):
-            self.problems.append(f"{where}.type: {node['type']} is not a {base.__name__}, such as {_example(base)}.")
+            self.problems.append(
+                f"{where}.type: {node['type']} is not a {base.__name__}, such as {_example(base)}."
+            )
             return
         parameters = inspect.signature(target).parameters
         free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -212,7 +237,9 @@ class Builder:
                     inner = f"{where}.{key}" + (f"[{i}]" if isinstance(value, list) else "")
                     self._check_call(item, inner, ())
         for name, parameter in parameters.items():
-            wanted = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            wanted = (
+                parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            )
             if wanted and name not in node:
                 self.problems.append(f"{where}.{name}: this key is required by {target.__name__}.")
 
@@ -299,4 +326,6 @@ def _names(value: Any) -> list[str]:
 
 
 def _example(base: type | None) -> str:
-    return {Model: "students.BiEncoder", Objective: "distill.objectives.ScoreKL"}.get(base, "distill.data.Retrieval")
+    return {Model: "students.BiEncoder", Objective: "distill.objectives.ScoreKL"}.get(
+        base, "distill.data.Retrieval"
+    )

@@ -60,7 +60,9 @@ def load_checkpoint(
         name, _, key = place.rpartition("|")
         parameter = parameters[name]
         step = key == "step"  # fused optimisers keep their step count on the parameter's device
-        optimizer.state[parameter][key] = value if step and parameter.device.type == "cpu" else value.to(parameter.device)
+        optimizer.state[parameter][key] = (
+            value if step and parameter.device.type == "cpu" else value.to(parameter.device)
+        )
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])
@@ -82,7 +84,9 @@ def load_parameters(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
         )
     for name, parameter in parameters.items():
         if saved[name].shape != parameter.shape:
-            raise DataError(f"{path}: {name} has shape {[*saved[name].shape]}, the model {[*parameter.shape]}.")
+            raise DataError(
+                f"{path}: {name} has shape {[*saved[name].shape]}, the model {[*parameter.shape]}."
+            )
         parameter.copy_(saved[name])
 
 

@@ -76,7 +76,11 @@ class DistillationGraph(nn.Module):
     """
 
     def __init__(
-        self, nodes: Mapping[str, Model], arrows: Sequence[Arrow], trained: Iterable[str], keep: str = "student"
+        self,
+        nodes: Mapping[str, Model],
+        arrows: Sequence[Arrow],
+        trained: Iterable[str],
+        keep: str = "student",
     ):
         super().__init__()
         self.nodes: dict[str, Model] = dict(nodes)
@@ -91,7 +95,7 @@ class DistillationGraph(nn.Module):
         for name in self.trained:  # what a frozen node shares with a trained one learns (check refuses it)
             self.nodes[name].requires_grad_(True)
         for arrow in self.arrows:
-            if arrow.head in self.nodes and (arrow.tail is None or arrow.tail in self.nodes):
+            if self._fits(arrow):  # what does not fit is said by check
                 try:
                     arrow.objective.bind(
                         self.nodes[arrow.head].sizes, self.nodes[arrow.tail].sizes if arrow.tail else {}
@@ -99,6 +103,14 @@ class DistillationGraph(nn.Module):
                 except ValueError as error:
                     raise RecipeError(f"losses.{arrow.name}: {error}") from error
         self.train(self.training)
+
+    def _fits(self, arrow: Arrow) -> bool:
+        """Whether both ends are there and provide what the objective needs."""
+        ends = ((arrow.head, arrow.objective.student_needs), (arrow.tail, arrow.objective.teacher_needs))
+        return all(
+            needs.fields <= self.nodes[name].provides if name in self.nodes else name is None and not needs
+            for name, needs in ends
+        )
 
     def train(self, mode: bool = True) -> DistillationGraph:
         super().train(mode)
@@ -196,7 +208,8 @@ class DistillationGraph(nn.Module):
     def counts(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """Over how many terms each open arrow sums on this batch, before anything is run."""
         return {
-            arrow.name: arrow.objective.count(batch).sum() for arrow in self.open_arrows(progress, batch.source)
+            arrow.name: arrow.objective.count(batch).sum()
+            for arrow in self.open_arrows(progress, batch.source)
         }
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -213,19 +226,29 @@ class DistillationGraph(nn.Module):
             RecipeError: An arrow from or to nowhere, an objective that needs what a node lacks, a trained
                 node without an arrow in, a frozen node that shares parameters with a trained one, ...
         """
-        problems = [problem for arrow in self.arrows for problem in self._arrow_problems(arrow, sources or {})]
+        problems = [
+            problem for arrow in self.arrows for problem in self._arrow_problems(arrow, sources or {})
+        ]
         if self.keep not in self.nodes:
             problems.append(
                 f"models: there is no node '{self.keep}' to keep; "
-                + ("name one `student`, or name the node to keep with `keep: NODE`." if self.nodes else "none at all.")
+                + (
+                    "name one `student`, or name the node to keep with `keep: NODE`."
+                    if self.nodes
+                    else "none at all."
+                )
             )
         elif self.keep not in self.trained:
             problems.append(f"models.{self.keep}: the node to keep must be trained; remove `train: false`.")
         heads = {arrow.head for arrow in self.arrows}
         learn_through = {below for name in heads if name in self.nodes for below in self._below(name)}
         for name in sorted(self.trained - heads - learn_through):
-            problems.append(f"models.{name}: it is trained, but no arrow leads to it; add one or set `train: false`.")
-        frozen = {id(p): n for n, node in self.nodes.items() if n not in self.trained for p in node.parameters()}
+            problems.append(
+                f"models.{name}: it is trained, but no arrow leads to it; add one or set `train: false`."
+            )
+        frozen = {
+            id(p): n for n, node in self.nodes.items() if n not in self.trained for p in node.parameters()
+        }
         for name in sorted(self.trained):
             shared = {frozen[id(p)] for p in self.nodes[name].parameters() if id(p) in frozen}
             problems += [
@@ -282,12 +305,18 @@ class DistillationGraph(nn.Module):
     @staticmethod
     def _weight_problems(where: str, weight: Weight) -> Iterable[str]:
         points = [[0.0, weight]] if isinstance(weight, int | float) else weight
-        if not points or any(len(point) != 2 for point in points):
+        if not (
+            isinstance(points, list | tuple)
+            and points
+            and all(isinstance(point, list | tuple) and len(point) == 2 for point in points)
+            and all(isinstance(value, int | float) for point in points for value in point)
+        ):
             yield f"{where}.weight: {weight} is neither a number nor a list of [progress, weight] points."
             return
         if any(not math.isfinite(value) for point in points for value in point):
             yield f"{where}.weight: {weight} holds a number that is not finite."
-        if any(a[0] > b[0] for a, b in zip(points, points[1:], strict=False)) or not 0 <= points[-1][0] <= 1:
+        places = [place for place, _ in points]
+        if places != sorted(places) or places[0] < 0 or places[-1] > 1:
             yield f"{where}.weight: the progress of the points {weight} must rise within 0 to 1."
         if all(value == 0 for _, value in points):
             yield f"{where}.weight: it is 0 all the time, so the arrow never opens; remove it."

@@ -88,7 +88,9 @@ class Encoder(Model):
 
     def represents(self, needs: Needs) -> Needs:
         pairwise = needs.fields & {"scores", "in_batch"}
-        return Needs(*(needs.fields - {"scores", "in_batch"}), *(("queries", "candidates") if pairwise else ()))
+        return Needs(
+            *(needs.fields - {"scores", "in_batch"}), *(("queries", "candidates") if pairwise else ())
+        )
 
     @abstractmethod
     def encode_queries(self, queries: Sequence[Any], progress: bool = False) -> Tensor:

@@ -44,7 +44,9 @@ def find_recipe(spec: str | Path) -> Path:
     path = folder / f"{spec}.yaml"
     if not path.is_file():
         names = recipe_names()
-        raise RecipeError(f"there is no recipe '{spec}'.{nearest(str(spec), names)} `distill list recipes` shows all.")
+        raise RecipeError(
+            f"there is no recipe '{spec}'.{nearest(str(spec), names)} `distill list recipes` shows all."
+        )
     return path
 
 
@@ -94,7 +96,11 @@ def _keys_at(place: Sequence[str | int]) -> list[str]:
     model: type[BaseModel] = Recipe
     for part in place:
         field = model.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+        if (
+            field is None
+            or not isinstance(field.annotation, type)
+            or not issubclass(field.annotation, BaseModel)
+        ):
             return []
         model = field.annotation
     return list(model.model_fields)

@@ -156,7 +156,9 @@ class Trainer:
         """One optimiser step: each arrow's mean loss, the norm of the gradient, and the ids read."""
         p = self.progress
         done = p.step / p.steps
-        batches = [self._batch(p.step * self.settings.accumulate + i) for i in range(self.settings.accumulate)]
+        batches = [
+            self._batch(p.step * self.settings.accumulate + i) for i in range(self.settings.accumulate)
+        ]
         divisors: dict[str, Tensor] = {}
         for batch in batches:
             for name, count in self.graph.counts(batch, done).items():
@@ -181,7 +183,9 @@ class Trainer:
         limit = self.settings.clip if self.settings.clip is not None else math.inf
         norm = float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))
         if not math.isfinite(norm) and self.accelerator.scaler is None:  # a scaler skips the step by itself
-            raise RunError(self._not_finite(f"the gradient of {self._culprit(weights, batches, done)} is not finite"))
+            raise RunError(
+                self._not_finite(f"the gradient of {self._culprit(weights, batches, done)} is not finite")
+            )
         rate = self._rate(self.progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
@@ -197,7 +201,9 @@ class Trainer:
                 losses = self.graph(batch, done)
                 if name in losses and losses[name].loss.requires_grad:
                     losses[name].loss.sum().backward()
-                    if any(p.grad is not None and not p.grad.isfinite().all() for p in self.parameters.values()):
+                    if any(
+                        p.grad is not None and not p.grad.isfinite().all() for p in self.parameters.values()
+                    ):
                         return f"losses.{name}"
         return "the sum of all losses"
 
@@ -224,7 +230,9 @@ class Trainer:
             p.without_better += 1
             if self.settings.patience and p.without_better >= self.settings.patience:
                 p.stopped = f"no better {self.select} in {p.without_better} evaluations"
-        log.info("step %d of %d: %s", p.step, p.steps, ", ".join(f"dev {k} {v:.4f}" for k, v in metrics.items()))
+        log.info(
+            "step %d of %d: %s", p.step, p.steps, ", ".join(f"dev {k} {v:.4f}" for k, v in metrics.items())
+        )
 
     # What lies on disk
 
@@ -271,7 +279,10 @@ class Trainer:
 
     def _record(self, values: Mapping[str, float]) -> None:
         p = self.progress
-        place = {"step": p.step, "epoch": round(p.step * self.settings.accumulate / self._batches_per_epoch, 4)}
+        place = {
+            "step": p.step,
+            "epoch": round(p.step * self.settings.accumulate / self._batches_per_epoch, 4),
+        }
         rate = self.settings.learning_rate * self._rate(p.step - 1)
         line = json.dumps({**place, "learning_rate": rate, **values}) + "\n"
         with self._history.open("ab") as history:
@@ -327,7 +338,11 @@ class Trainer:
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, parameter in self.parameters.items():
             rate = next(
-                (r for node, r in self.settings.learning_rates.items() if name.startswith(f"node_modules.{node}.")),
+                (
+                    r
+                    for node, r in self.settings.learning_rates.items()
+                    if name.startswith(f"node_modules.{node}.")
+                ),
                 self.settings.learning_rate,
             )
             decay = self.settings.weight_decay if parameter.dim() > 1 else 0.0
@@ -344,7 +359,9 @@ class Trainer:
 
     def _not_finite(self, what: str) -> str:
         kept = latest(self._checkpoints)
-        where = f"The checkpoint {kept} is the last good one." if kept else "No checkpoint was written before it."
+        where = (
+            f"The checkpoint {kept} is the last good one." if kept else "No checkpoint was written before it."
+        )
         return (
             f"step {self.progress.step + 1}: {what}. {where} Lower train.learning_rate, or look at the "
             f"arrow's temperature and its teacher's scores."

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.batch import Batch, Ragged
-from distill.hub import Dense, EncoderLayout, Side, read_encoders, resolve_checkpoint, write_encoder, write_two_encoders
+from distill.hub import (
+    Dense,
+    EncoderLayout,
+    Side,
+    read_encoders,
+    resolve_checkpoint,
+    write_encoder,
+    write_two_encoders,
+)
 from distill.model import Encoder
 from distill.nn.precision import Precision, serving_autocast
 from distill.nn.text_encoder import TextEncoder, dropout_arguments, in_slices, keep_layers, load_backbone
@@ -203,7 +211,8 @@ class BiEncoder(Encoder):
             pooling=tower.pooling,
             normalize=tower.normalize,
             dense=tuple(
-                Dense.of(part[0], type(part[1]).__name__ if len(part) > 1 else "Identity") for part in tower.dense
+                Dense.of(part[0], type(part[1]).__name__ if len(part) > 1 else "Identity")
+                for part in tower.dense
             ),
             max_length=max(self.max_length, self.query_max_length),
             query_length=shorter,
@@ -234,7 +243,9 @@ class Tower(nn.Module):
         """Vectors [n, D] float32 of n framed texts."""
         if not len(ids):
             return torch.zeros(0, self.dim, device=next(self.parameters()).device)
-        pooled = self.encoder(ids, None, lambda output, mask: pool(output.last_hidden_state, mask, self.pooling))
+        pooled = self.encoder(
+            ids, None, lambda output, mask: pool(output.last_hidden_state, mask, self.pooling)
+        )
         with torch.autocast(pooled.device.type, enabled=False):
             vectors = self.dense(pooled)
             return F.normalize(vectors, dim=-1) if self.normalize else vectors

@@ -138,4 +138,3 @@ class CrossEncoder(Model):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that this class, and the CrossEncoder of sentence-transformers, opens."""
         write_cross_encoder(folder, self.encoder.backbone, self.encoder.tokenizer.tokenizer, self.max_length)
-

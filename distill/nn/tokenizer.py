@@ -115,7 +115,8 @@ class TextTokenizer:
         if types is None or len(set(types)) == 1:
             return Ragged.join(parts), None
         segments = [
-            torch.full_like(part, kind) if isinstance(part, Tensor)
+            torch.full_like(part, kind)
+            if isinstance(part, Tensor)
             else Ragged(torch.full_like(part.values, kind), part.offsets)
             for part, kind in zip(parts, types, strict=True)
         ]
