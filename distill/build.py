@@ -24,6 +24,7 @@ from distill.settings import Recipe
 OURS = frozenset({"distill", "teachers", "students"})
 NODE_KEYS = ("type", "train", "of")
 ARROW_KEYS = ("type", "from", "to", "weight", "detach", "data")
+RUN_FOLDERS = ("baseline", "checkpoints", "index", "logs", "teachers")  # no model may be called so
 SOURCE_KEYS = (
     "batch_size",
     "candidates",
@@ -55,10 +56,11 @@ class Builder:
         """The first look: every type exists, every argument has a name its type knows. Builds nothing."""
         for name, node in recipe.data_sets.items():
             where = "data" if "type" in recipe.data else f"data.{name}"
-            self._check_call(node, where, SOURCE_KEYS)
+            self._check_call(node, where, SOURCE_KEYS, TextData)
         for name, node in recipe.models.items():
+            self._check_name(name, f"models.{name}", RUN_FOLDERS)
             if set(node) == {"ref"}:
-                self._check_ref(node["ref"], recipe, f"models.{name}.ref")
+                self._check_ref(node["ref"], recipe, f"models.{name}.ref", whole=True)
                 continue
             self._check_call(node, f"models.{name}", ("train",), Model)
             for below in _names(node.get("of")):
@@ -67,8 +69,10 @@ class Builder:
             for key, value in node.items():
                 if isinstance(value, Mapping) and set(value) == {"ref"}:
                     self._check_ref(value["ref"], recipe, f"models.{name}.{key}")
-        for where, losses in (("losses", recipe.losses), ("baseline", recipe.baseline)):
-            for name, arrow in losses.items() if isinstance(losses, Mapping) else ():
+        baseline = recipe.baseline if isinstance(recipe.baseline, Mapping) else {}
+        for where, losses in (("losses", recipe.losses), ("baseline", baseline)):
+            for name, arrow in losses.items():
+                self._check_name(name, f"{where}.{name}")
                 self._check_call(arrow, f"{where}.{name}", ARROW_KEYS[1:], Objective)
                 for key in ("from", "to"):
                     if (node := arrow.get(key)) is not None and node not in recipe.models:
@@ -108,6 +112,10 @@ class Builder:
 
     def source(self, recipe: Recipe, data: Mapping[str, TextData], heard: Collection[str]) -> Source:
         """Batches of the train splits of the ``heard`` data sets; several are mixed."""
+        if not heard:
+            raise RecipeError(
+                "data: no arrow hears a data set with a train split, so there is nothing to train on."
+            )
         sources: dict[str, Source] = {}
         for name in heard:
             node = recipe.data_sets[name]
@@ -237,23 +245,32 @@ class Builder:
                     inner = f"{where}.{key}" + (f"[{i}]" if isinstance(value, list) else "")
                     self._check_call(item, inner, ())
         for name, parameter in parameters.items():
-            wanted = (
-                parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-            )
+            named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            wanted = named and parameter.default is parameter.empty
             if wanted and name not in node:
                 self.problems.append(f"{where}.{name}: this key is required by {target.__name__}.")
 
-    def _check_ref(self, ref: Any, recipe: Recipe, where: str) -> None:
+    def _check_name(self, name: str, where: str, taken: Collection[str] = ()) -> None:
+        """Names become modules of torch, folders and words of a log."""
+        if not name or set(name) & set("./\\") or hasattr(torch.nn.ModuleDict, name) or name in taken:
+            self.problems.append(
+                f"{where}: the name '{name}' is taken, or holds a dot or a slash; choose another."
+            )
+
+    def _check_ref(self, ref: Any, recipe: Recipe, where: str, whole: bool = False) -> None:
         name, _, attribute = str(ref).partition(".")
         if name not in recipe.models:
             self._say(where, f"there is no model '{name}' to refer to.", name, recipe.models)
             return
-        if not attribute:
+        if whole and attribute:
+            self.problems.append(f"{where}: a model is a whole one; write `ref: {name}`.")
+        if whole:
             return
         try:
-            shares = getattr(self._locate(recipe.models[name].get("type"), where), "shares", frozenset())
+            target = self._locate(recipe.models[name].get("type"), where)
         except RecipeError:
             return  # said at that model
+        shares: frozenset[str] = getattr(target, "shares", frozenset())
         if attribute not in shares:
             self._say(
                 where,
@@ -263,13 +280,17 @@ class Builder:
             )
 
     def _locate(self, type_name: Any, where: str) -> Any:
+        """The class of that name; of a package the user trusts, anything that can be called."""
         module, _, name = str(type_name).rpartition(".")
         root = str(type_name).partition(".")[0]
         if root not in OURS and root not in self.trusted:
             raise RecipeError(
-                f"{where}.type: '{type_name}' is outside of {', '.join(sorted(OURS))}. A type is code that runs: "
-                f"if you trust the package, pass --trust {root}.{nearest(root, OURS)}"
+                f"{where}.type: '{type_name}' is outside of {', '.join(sorted(OURS))}. "
+                f"A type is code that runs: if you trust the package, pass --trust {root}."
+                f"{nearest(root, OURS)}"
             )
+        if not module:
+            raise RecipeError(f"{where}.type: '{type_name}' is a package; name a class in it.")
         try:
             holder = importlib.import_module(module)
         except ImportError as error:
@@ -279,7 +300,11 @@ class Builder:
             raise RecipeError(
                 f"{where}.type: {module} has no '{name}'; it has {', '.join(known)}.{nearest(name, known)}"
             )
-        return getattr(holder, name)
+        target = getattr(holder, name)
+        ours = inspect.isclass(target) and target.__module__.partition(".")[0] in OURS
+        if (root in OURS and not ours) or not callable(target):  # a stranger's recipe calls no function
+            raise RecipeError(f"{where}.type: '{type_name}' is not a class that a recipe can make.")
+        return target
 
     def _say(self, where: str, what: str, word: Any, known: Collection[str]) -> None:
         self.problems.append(f"{where}: {what}{nearest(str(word), [str(k) for k in known])}")
@@ -326,6 +351,5 @@ def _names(value: Any) -> list[str]:
 
 
 def _example(base: type | None) -> str:
-    return {Model: "students.BiEncoder", Objective: "distill.objectives.ScoreKL"}.get(
-        base, "distill.data.Retrieval"
-    )
+    examples: dict[type | None, str] = {Model: "students.BiEncoder", Objective: "distill.objectives.ScoreKL"}
+    return examples.get(base, "distill.data.Retrieval")

@@ -51,11 +51,8 @@ def load_checkpoint(
         moments = load_file(folder / "optimizer.safetensors")
         random = load_file(folder / "random.safetensors")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise DataError(
-            f"the checkpoint {folder} cannot be read ({error}). Remove this folder to go on from an earlier "
-            f"checkpoint, or from the start."
-        ) from error
+    except (OSError, SafetensorError, ValueError) as error:  # a ValueError: JSON, or text, that is none
+        raise DataError(_unreadable(folder, error)) from error
     for place, value in moments.items():
         name, _, key = place.rpartition("|")
         parameter = parameters[name]
@@ -76,11 +73,14 @@ def save_parameters(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
 @torch.no_grad()
 def load_parameters(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
     """Copy saved values into parameters of the same names and shapes."""
-    saved: dict[str, Tensor] = load_file(path)
+    try:
+        saved: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(_unreadable(path.parent, error)) from error
     if different := saved.keys() ^ parameters.keys():
         raise DataError(
-            f"{path} holds other parameters than this graph trains ({sorted(different)[0]}, ...): the recipe's "
-            f"models or losses have changed since. Use another run name, or --overwrite."
+            f"{path} holds other parameters than this graph trains ({sorted(different)[0]}, ...): the "
+            f"recipe's models or losses have changed since. Use another run name, or --overwrite."
         )
     for name, parameter in parameters.items():
         if saved[name].shape != parameter.shape:
@@ -88,6 +88,13 @@ def load_parameters(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
                 f"{path}: {name} has shape {[*saved[name].shape]}, the model {[*parameter.shape]}."
             )
         parameter.copy_(saved[name])
+
+
+def _unreadable(folder: Path, error: Exception) -> str:
+    return (
+        f"the checkpoint {folder} cannot be read ({error}). Remove this folder to go on from an earlier "
+        f"checkpoint, or from the start."
+    )
 
 
 def latest(folder: Path) -> Path | None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class Arrow:
         points = [(float(at), float(value)) for at, value in self.weight]
         if progress < points[0][0]:
             return points[0][1]
-        for (left, low), (right, high) in zip(points, points[1:], strict=False):
+        for (left, low), (right, high) in pairwise(points):
             if left <= progress < right:
                 return low + (high - low) * (progress - left) / (right - left)
         return points[-1][1]
@@ -268,7 +269,8 @@ class DistillationGraph(nn.Module):
         kind = type(objective).__name__
         for key, name in (("to", arrow.head), ("from", arrow.tail)):
             if name is not None and name not in self.nodes:
-                yield f"{where}.{key}: there is no model '{name}'; there are {', '.join(self.nodes) or 'none'}."
+                there = ", ".join(self.nodes) or "none"
+                yield f"{where}.{key}: there is no model '{name}'; there are {there}."
         if arrow.head in self.nodes and arrow.head not in self.trained:
             yield f"{where}.to: '{arrow.head}' is frozen and cannot learn; set `train: true` on it."
         for side, name, needs in (

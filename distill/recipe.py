@@ -59,7 +59,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML 1.2 mapping, by a safe loader: ``on`` is a word, ``2e-5`` a number, keys are not repeated."""
     try:
         document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except YAMLError as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(document, dict):
         raise RecipeError(f"{path} must be a mapping with the keys {', '.join(Recipe.model_fields)}.")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from distill.nn.precision import Precision
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TrainSettings(_Strict):
@@ -71,8 +72,17 @@ class Recipe(_Strict):
     keep: str = "student"
     search: list[str] = []  # sample queries answered from an index of the test candidates at the end
 
+    @field_validator("name")
+    @classmethod
+    def _below_the_runs(cls, name: str) -> str:
+        if not name or PurePath(name).is_absolute() or {"..", "."} & set(name.split("/")):
+            raise ValueError("the name becomes a folder below the runs; write one like `mine` or `text/mine`")
+        return name
+
     @model_validator(mode="after")
     def _something_to_train(self) -> Recipe:
+        if not self.data:
+            raise ValueError("data: a recipe needs at least one data set")
         if not self.models:
             raise ValueError("models: a recipe needs at least one")
         if not self.losses:

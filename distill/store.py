@@ -56,7 +56,10 @@ class TeacherMemory:
             self._known[name] = {
                 node: self._ask(node, graph.nodes[node].represents(needs), source)
                 for node, needs in asked.items()
-                if node not in graph.trained and not graph.nodes[node].of and node not in source.scored
+                if node not in graph.trained
+                and not graph.nodes[node].of
+                and node not in source.scored
+                and "in_batch" not in graph.nodes[node].represents(needs)  # depends on the batch
             }
 
     def recall(self, batch: Batch) -> Batch:

@@ -30,6 +30,7 @@ from distill.data.source import Source
 from distill.errors import RecipeError, RunError
 from distill.graph import DistillationGraph
 from distill.nn.precision import resolve_precision
+from distill.recipe import nearest
 from distill.settings import TrainSettings
 from distill.store import TeacherMemory, text_sources
 
@@ -91,6 +92,7 @@ class Trainer:
         graph.autocast = self.accelerator.autocast
         self.parameters = graph.trainable()
         self.optimizer = self.accelerator.prepare(self._optimizer())
+        self._steps_given = steps is not None or settings.steps is not None
         self.progress = Progress(steps=steps or self._steps())
         self._interrupted = threading.Event()
         self._memory: TeacherMemory | None = None
@@ -104,7 +106,7 @@ class Trainer:
         """
         checkpoint = latest(self._checkpoints)
         torch.manual_seed(self.settings.seed)
-        if checkpoint is None and self.settings.minutes and self.settings.steps is None:
+        if checkpoint is None and self.settings.minutes and not self._steps_given:
             self._fit_to_time()
         if checkpoint is not None:
             self._resume(checkpoint)
@@ -119,11 +121,15 @@ class Trainer:
 
     def _train(self) -> None:
         if self.settings.trackers:
-            self.accelerator.init_trackers("distill", self.settings.model_dump(mode="json"))
-        with self._stoppable(), self._bar() as bar:
-            self._loop(bar)
-        if self.settings.trackers:
-            self.accelerator.end_training()
+            settings = self.settings.model_dump(mode="json")
+            plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
+            self.accelerator.init_trackers("distill", plain)
+        try:
+            with self._stoppable(), self._bar() as bar:
+                self._loop(bar)
+        finally:
+            if self.settings.trackers:
+                self.accelerator.end_training()
 
     def _loop(self, bar: _Bar) -> None:
         """Steps, evaluations and checkpoints, in this order, until the last step or an early stop."""
@@ -306,12 +312,14 @@ class Trainer:
         """Cut the steps to what fits into ``minutes``, by the speed of a few steps that teach nothing."""
         state, p = torch.get_rng_state(), self.progress
         times = []
+        self._batch(0)  # the teachers are asked before the clock starts
         self.graph.train()
         for place in range(8):
             start = time.monotonic()
             batch = self._batch(place % self._batches_per_epoch)
             losses = [loss.loss.sum() for loss in self.graph(batch, 0.5).values()]
-            sum(losses).backward()
+            if learnt := [loss for loss in losses if loss.requires_grad]:
+                torch.stack(learnt).sum().backward()
             self.optimizer.zero_grad()
             times.append((time.monotonic() - start) * self.settings.accumulate)
         torch.set_rng_state(state)
@@ -347,8 +355,12 @@ class Trainer:
             )
             decay = self.settings.weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
-        if unknown := set(self.settings.learning_rates) - self.graph.trained:
-            raise RecipeError(f"train.learning_rates: '{sorted(unknown)[0]}' is not a trained node.")
+        if unknown := sorted(set(self.settings.learning_rates) - self.graph.trained):
+            trained = sorted(self.graph.trained)
+            raise RecipeError(
+                f"train.learning_rates: '{unknown[0]}' is not a trained model; these are: "
+                f"{', '.join(trained)}.{nearest(unknown[0], trained)}"
+            )
         return torch.optim.AdamW(
             [
                 {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}

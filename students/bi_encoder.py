@@ -84,9 +84,11 @@ class BiEncoder(Encoder):
 
         layouts = read_encoders(resolve_checkpoint(checkpoint))
         separate = encoders == "separate" or (encoders is None and not layouts.shared)
-        if encoder is not None and (separate or layers is not None):
+        own = (layers, dropout, chunk_tokens, activation_checkpointing or None)
+        if encoder is not None and (separate or own != (None,) * 4):
             raise ValueError(
-                "a shared `encoder` is taken as it is: leave out `layers` and `encoders: separate`."
+                "a shared `encoder` is taken as it is: leave out `layers`, `dropout`, `chunk_tokens`, "
+                "`activation_checkpointing` and `encoders: separate`."
             )
 
         def tower(layout: EncoderLayout) -> Tower:
@@ -116,6 +118,8 @@ class BiEncoder(Encoder):
             layouts[1].prompts["document"] if candidate_prompt is None else candidate_prompt
         )
         self.precision = precision
+        self.query_tower.encoder.check_length("query_max_length", self.query_max_length)
+        self.candidate_tower.encoder.check_length("max_length", self.max_length)
         self.eval()
 
     @classmethod

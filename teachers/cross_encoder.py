@@ -72,12 +72,15 @@ class CrossEncoder(Model):
         if activation_checkpointing:
             backbone.gradient_checkpointing_enable()
         self.classes = backbone.config.num_labels
-        self.max_length = min(max_length or layout.max_length or 512, 512)
+        self.max_length = max_length or min(layout.max_length or 512, 512)
         self.query_max_length = query_max_length
         self.precision = precision
         self.encoder = TextEncoder(
             backbone, TextTokenizer.from_pretrained(layout.transformer_folder), chunk_tokens
         )
+        self.encoder.check_length("max_length", self.max_length)
+        if query_max_length < 1:
+            raise ValueError(f"query_max_length must be at least 1, got {query_max_length}.")
         self.eval()
 
     @classmethod
@@ -102,10 +105,16 @@ class CrossEncoder(Model):
         logits = self._logits(
             batch.queries[key].select(rows), batch.candidates[key].select(batch.index[rows, places])
         )
-        classes = logits.new_zeros(*batch.mask.shape, self.classes)
-        classes[rows, places] = logits
-        answer = Outputs(classes=classes if "classes" in needs else None)
-        return answer.with_(scores=self._scores(classes)) if "scores" in needs else answer
+
+        def listed(said: Tensor) -> Tensor:  # [n, ...] -> [B, N, ...], 0 where nothing is listed
+            full = said.new_zeros(*batch.mask.shape, *said.shape[1:])
+            full[rows, places] = said
+            return full
+
+        return Outputs(
+            classes=listed(logits) if "classes" in needs else None,
+            scores=listed(self._scores(logits)) if "scores" in needs else None,
+        )
 
     def _logits(self, queries: Ragged, candidates: Ragged) -> Tensor:
         """Logits [n, C] of n pairs of cached ids."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distill.batch import Ragged
 from distill.errors import RecipeError
+from distill.hub.checkpoint import position_limit
 from distill.nn.cpu_training import prepare_for_cpu
 from distill.nn.precision import native_bf16
 from distill.nn.tokenizer import TextTokenizer
@@ -44,6 +45,16 @@ class TextEncoder(nn.Module):
         self.tokenizer = tokenizer
         self.chunk_tokens = chunk_tokens
         self._half: tuple[tuple[int, ...], nn.Module] | None = None
+
+    def check_length(self, name: str, length: int) -> None:
+        """Refuse more ids than the transformer has positions, or none beside the special ones."""
+        least = self.tokenizer.specials + 1
+        most = position_limit(self.backbone.config.to_dict())
+        if length < least or (most is not None and length > most):
+            allowed = f"at least {least}" if most is None else f"between {least} and {most}"
+            raise ValueError(
+                f"{name} must be {allowed} ids for this checkpoint, special ones included; got {length}."
+            )
 
     def forward(self, ids: Ragged, types: Ragged | None, head: Head) -> Tensor:
         """What ``head`` makes of each text: [n, ...] float32.

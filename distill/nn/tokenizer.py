@@ -28,7 +28,8 @@ class TextTokenizer:
     def __init__(self, tokenizer):
         if not getattr(tokenizer, "is_fast", False):
             raise RecipeError(
-                f"{type(tokenizer).__name__} is not a fast tokenizer; a checkpoint with a tokenizer.json has one."
+                f"{type(tokenizer).__name__} is not a fast tokenizer; a checkpoint with a tokenizer.json "
+                f"has one."
             )
         self.tokenizer = tokenizer
         if tokenizer.pad_token_id is None:  # decoders have none; the mask hides whatever stands there
@@ -84,14 +85,19 @@ class TextTokenizer:
 
     @cached_property
     def _pair_types(self) -> list[int] | None:
-        """Segment of the five parts (before, first text, between, second text, after), if segments are told."""
+        """Segments of the parts (before, first text, between, second text, after), if they are told."""
         if "token_type_ids" not in self.tokenizer.model_input_names:
             return None
-        before, between, after = self._frames[1]
+        before, between, _ = self._frames[1]
         text = next(t for t in ("a", "the", "0") if self.ids([t]).lengths[0] == 1)
         types = self.tokenizer(text, text, return_token_type_ids=True)["token_type_ids"]
         places = [0, len(before), len(before) + 1, len(before) + 1 + len(between), -1]
         return [types[place] for place in places]
+
+    @property
+    def specials(self) -> int:
+        """How many ids the frame of one text adds."""
+        return sum(map(len, self._frames[0]))
 
     def frame(self, texts: Ragged, max_length: int) -> Ragged:
         """[CLS] text [SEP] in this tokenizer's words, at most ``max_length`` ids in all."""
