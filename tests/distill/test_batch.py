@@ -1,0 +1,114 @@
+"""Ragged against plain lists, and what a Batch shows of itself."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.batch import Batch, Ragged
+from distill.outputs import Outputs
+
+ROWS = st.lists(st.lists(st.integers(-9, 9), max_size=5), max_size=6)
+fast = settings(max_examples=60, deadline=None)
+
+
+@fast
+@given(ROWS)
+def test_rows_come_back_as_they_were(rows):
+    ragged = Ragged.of(rows)
+    assert ragged.tolist() == rows
+    assert len(ragged) == len(rows)
+    assert ragged.lengths.tolist() == [len(row) for row in rows]
+    assert ragged.offsets.dtype == torch.int64
+
+
+@fast
+@given(ROWS.filter(len), st.data())
+def test_select_is_a_list_of_rows(rows, data):
+    chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=8))
+    selected = Ragged.of(rows).select(torch.tensor(chosen, dtype=torch.int64))
+    assert selected.tolist() == [rows[row] for row in chosen]
+
+
+@fast
+@given(st.integers(0, 5), st.data())
+def test_join_puts_the_pieces_of_each_row_one_after_the_other(n, data):
+    rows = st.lists(st.lists(st.integers(-9, 9), max_size=4), min_size=n, max_size=n)
+    first, second = data.draw(rows), data.draw(rows)
+    same = data.draw(st.lists(st.integers(-9, 9), max_size=3))
+    constant = torch.tensor(same, dtype=torch.int64)
+    joined = Ragged.join([constant, Ragged.of(first), constant, Ragged.of(second)])
+    assert joined.tolist() == [same + a + same + b for a, b in zip(first, second, strict=True)]
+
+
+@fast
+@given(ROWS, st.data())
+def test_truncate_takes_one_limit_or_one_per_row(rows, data):
+    ragged = Ragged.of(rows)
+    limit = data.draw(st.integers(0, 6))
+    assert ragged.truncate(limit).tolist() == [row[:limit] for row in rows]
+    limits = data.draw(st.lists(st.integers(0, 6), min_size=len(rows), max_size=len(rows)))
+    cut = ragged.truncate(torch.tensor(limits, dtype=torch.int64))
+    assert cut.tolist() == [row[:most] for row, most in zip(rows, limits, strict=True)]
+
+
+@fast
+@given(ROWS)
+def test_padded_fills_on_the_right_and_says_what_is_real(rows):
+    longest = max(map(len, rows), default=0)
+    values, mask = Ragged.of(rows).padded(77)
+    assert values.tolist() == [row + [77] * (longest - len(row)) for row in rows]
+    assert mask.tolist() == [[True] * len(row) + [False] * (longest - len(row)) for row in rows]
+    assert values.shape == mask.shape == (len(rows), longest)
+
+
+@fast
+@given(st.lists(ROWS, min_size=1, max_size=3))
+def test_stack_appends_rows(parts):
+    assert Ragged.stack([Ragged.of(part) for part in parts]).tolist() == [row for part in parts for row in part]
+
+
+def test_dtype_is_kept_through_every_operation():
+    ragged = Ragged.of([[1, 2], [3]], dtype=torch.int32)
+    made = [ragged.select(torch.tensor([1])), ragged.truncate(1), Ragged.join([ragged, ragged])]
+    assert {part.values.dtype for part in [*made, Ragged.stack([ragged, ragged])]} == {torch.int32}
+    assert ragged.padded(0)[0].dtype == torch.int32
+
+
+def a_batch() -> Batch:
+    ids = Ragged.of([[1], [2, 3]])
+    batch = Batch.of_scores(2, 1)
+    columns = {"text": ids, "secret": ids}
+    return Batch(
+        batch.index,
+        batch.mask,
+        batch.query_ids,
+        batch.candidate_ids,
+        queries=columns,
+        candidates=columns,
+        stored={"cross": Outputs(scores=torch.zeros(2, 1))},
+        source="here",
+    )
+
+
+def test_a_view_shows_only_the_columns_that_were_asked_for():
+    """A privileged column, or what a teacher said, must not reach a student by accident."""
+    view = a_batch().view(["text"], [])
+    assert (list(view.queries), list(view.candidates), dict(view.stored)) == (["text"], [], {})
+    assert view.source == "here"
+    with pytest.raises(KeyError, match="absent"):
+        a_batch().view(["absent"], [])
+
+
+def test_sizes_and_of_scores():
+    batch = Batch.of_scores(2, 3)
+    assert batch.sizes == (2, 3, 6)
+    assert batch.index.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert batch.labels.tolist() == [[1, 0, 0], [1, 0, 0]]
+
+
+def test_to_moves_everything_inside():
+    moved = a_batch().to("meta")
+    inside = [moved.index, moved.queries["text"].values, moved.candidates["secret"].offsets]
+    assert {tensor.device.type for tensor in [*inside, moved.stored["cross"].scores]} == {"meta"}
+    assert moved.labels is None and moved.source == "here"
