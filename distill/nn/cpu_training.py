@@ -7,6 +7,10 @@ ordinary length, and its dropout draws one random number at a time. Both are mea
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -74,6 +78,14 @@ def attention(
 _dropout = dropout  # `attention` must call its argument by the name that transformers gives it
 
 
+@cache
+def keep_memory() -> None:
+    """Let glibc keep the large blocks that activations live in, instead of asking for them page by page each step."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks of up to 1 GiB come from the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose end is not handed back
+
+
 def prepare_for_cpu(backbone: nn.Module) -> None:
     """Put this attention and this dropout into a transformer, where its architecture lets one choose."""
     from transformers import AttentionInterface
@@ -83,6 +95,7 @@ def prepare_for_cpu(backbone: nn.Module) -> None:
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         backbone.set_attn_implementation(NAME)
+    keep_memory()
     for parent in list(backbone.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Dropout:

@@ -1,0 +1,110 @@
+"""Run recipes over seeds, keep the raw results as JSON, and write the table of recipes/README.md from them.
+
+    python benchmarks/recipes.py run text/wikiqa_student --seeds 1 2 3 models.student.layers=2
+    python benchmarks/recipes.py table
+
+Each run is an ordinary ``distill run`` under ``runs/``; its figures are copied to
+``benchmarks/results/recipes/NAME.json``, one file per recipe, overrides and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "recipes"
+README = Path(__file__).parent.parent / "recipes" / "README.md"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def run(recipe: str, seeds: list[int], overrides: list[str], variant: str) -> None:
+    """Run one recipe for each seed and keep what it measured."""
+    from distill.recipe import load_recipe
+    from distill.run import Runs, environment
+
+    name = f"{recipe}{f'-{variant}' if variant else ''}"
+    for seed in seeds:
+        loaded = load_recipe(recipe, [*overrides, f"train.seed={seed}", f"name={name}/seed{seed}"])
+        folder = Runs().run(loaded)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        result = {
+            "recipe": recipe,
+            "variant": variant,
+            "overrides": overrides,
+            "seed": seed,
+            "command": " ".join(["distill run", recipe, *overrides, f"train.seed={seed}"]),
+            "environment": environment(),
+            **{key: metrics[key] for key in ("keep", "steps", "best_step", "dev", "models")},
+        }
+        path = RESULTS / f"{name.replace('/', '.')}.seed{seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def table() -> None:
+    """Put the table made from all results between the marks in recipes/README.md."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        groups.setdefault((result["recipe"], result["variant"]), []).append(result)
+    lines = [
+        "| recipe | metric | seeds | without teachers | with teachers | teachers | gap closed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (recipe, variant), results in sorted(groups.items()):
+        metric = next(iter(results[0]["models"][results[0]["keep"]]["metrics"]))
+
+        def of(model: str, results=results, metric=metric) -> list[float]:
+            return [r["models"][model]["metrics"][metric] for r in results]
+
+        keep = results[0]["keep"]
+        teachers = [name for name in results[0]["models"] if name not in (keep, "baseline")]
+        has_baseline = "baseline" in results[0]["models"]
+        closed = "-"
+        if teachers and has_baseline:
+            best = max(statistics.mean(of(name)) for name in teachers)
+            base, student = statistics.mean(of("baseline")), statistics.mean(of(keep))
+            closed = f"{(student - base) / (best - base):.0%}" if best > base else "teachers no better"
+        cells = [
+            f"`{recipe}`{f' {variant}' if variant else ''}",
+            metric,
+            str(len(results)),
+            _spread(of("baseline")) if has_baseline else "-",
+            _spread(of(keep)),
+            ", ".join(f"{name} {_spread(of(name))}" for name in teachers) or "-",
+            closed,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    text = README.read_text()
+    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    README.write_text("\n".join([before, *lines, after]))
+
+
+def _spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    mean = f"{statistics.mean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(set(values)) > 1 else mean
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run")
+    one.add_argument("recipe")
+    one.add_argument("overrides", nargs="*")
+    one.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    one.add_argument("--variant", default="", help="what to call these overrides in the table")
+    commands.add_parser("table")
+    arguments = parser.parse_intermixed_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if arguments.command == "run":
+        run(arguments.recipe, arguments.seeds, arguments.overrides, arguments.variant)
+    else:
+        table()
+
+
+if __name__ == "__main__":
+    main()
