@@ -14,7 +14,7 @@ import torch
 from distill.data.mixture import Mixture
 from distill.data.source import Source
 from distill.data.text_data import TextData
-from distill.errors import RecipeError, UserError
+from distill.errors import Mistakes, RecipeError, UserError
 from distill.graph import Arrow, DistillationGraph
 from distill.model import Model
 from distill.objectives.base import Objective
@@ -36,7 +36,7 @@ SOURCE_KEYS = (
 
 @dataclass
 class Builder:
-    """Makes the objects of one recipe, and remembers every mistake until ``finish``.
+    """Makes the objects of one recipe; the mistakes of several parts are told in one error.
 
     Args:
         trusted: Packages that a ``type`` may name, besides ours.
@@ -47,13 +47,14 @@ class Builder:
     run_folder: Callable[[str], str | Path] | None = None
     problems: list[str] = field(default_factory=list)
 
-    def finish(self) -> None:
-        """Report what went wrong so far, all at once."""
-        if self.problems:
-            raise RecipeError("\n".join(dict.fromkeys(self.problems)))
-
     def check(self, recipe: Recipe) -> None:
         """The first look: every type exists, every argument has a name its type knows. Builds nothing."""
+        if mistakes := self.mistakes(recipe):
+            raise RecipeError("\n".join(mistakes))
+
+    def mistakes(self, recipe: Recipe) -> list[str]:
+        """What ``check`` finds wrong, a line each."""
+        self.problems.clear()
         for name, node in recipe.data_sets.items():
             where = "data" if "type" in recipe.data else f"data.{name}"
             self._check_call(node, where, SOURCE_KEYS, TextData)
@@ -75,17 +76,15 @@ class Builder:
                 self._check_name(name, f"{where}.{name}")
                 self._check_call(arrow, f"{where}.{name}", ARROW_KEYS[1:], Objective)
                 for key in ("from", "to"):
-                    if (node := arrow.get(key)) is not None and node not in recipe.models:
-                        self._say(
-                            f"{where}.{name}.{key}", f"there is no model '{node}'.", node, recipe.models
-                        )
+                    if (end := arrow.get(key)) is not None and str(end) not in recipe.models:
+                        self._say(f"{where}.{name}.{key}", f"there is no model '{end}'.", end, recipe.models)
                 if "to" not in arrow:
                     self.problems.append(
                         f"{where}.{name}.to: this key is required; it names the node that learns."
                     )
         if recipe.keep not in recipe.models:
             self._say("keep", f"there is no model '{recipe.keep}' to keep.", recipe.keep, recipe.models)
-        self.finish()
+        return list(dict.fromkeys(self.problems))
 
     def build(self, node: Any, where: str) -> Any:
         """Objects for a recipe node that refers to no other node."""
@@ -102,13 +101,13 @@ class Builder:
 
     def data(self, recipe: Recipe) -> dict[str, TextData]:
         """The data sets by name."""
-        return {
-            name: self.build(
-                {k: _below(node.get("path"), v) for k, v in node.items() if k not in SOURCE_KEYS},
-                self._place(recipe, name),
-            )
-            for name, node in recipe.data_sets.items()
-        }
+        data, mistakes = {}, Mistakes()
+        for name, node in recipe.data_sets.items():
+            arguments = {k: _below(node.get("path"), v) for k, v in node.items() if k not in SOURCE_KEYS}
+            with mistakes:
+                data[name] = self.build(arguments, self._place(recipe, name))
+        mistakes.report()
+        return data
 
     def source(self, recipe: Recipe, data: Mapping[str, TextData], heard: Collection[str]) -> Source:
         """Batches of the train splits of the ``heard`` data sets; several are mixed."""
@@ -174,34 +173,43 @@ class Builder:
             torch.manual_seed(recipe.train.seed)  # a student starts alike whatever stands beside it
             return self._call(spec["type"], arguments, where)
 
+        mistakes = Mistakes()
         for name in recipe.models:
-            node_of(name, ())
+            with mistakes:
+                node_of(name, ())
+        mistakes.report()
         return {name: built[name] for name in recipe.models}, trained
 
     def graph(
         self, recipe: Recipe, losses: Mapping[str, Mapping[str, Any]] | None = None
     ) -> DistillationGraph:
         """The graph of a recipe; with other ``losses``, only of the nodes that these reach."""
-        arrows = []
+        arrows, mistakes = [], Mistakes()
         for name, spec in (recipe.losses if losses is None else losses).items():
-            where = f"losses.{name}"
-            arguments = {k: self.build(v, f"{where}.{k}") for k, v in spec.items() if k not in ARROW_KEYS}
-            arrows.append(
-                Arrow(
-                    name=name,
-                    objective=self._call(spec["type"], arguments, where),
-                    head=spec["to"],
-                    tail=spec.get("from"),
-                    weight=spec.get("weight", 1.0),
-                    detach=spec.get("detach", True),
-                    data=tuple(_names(spec["data"])) if "data" in spec else None,
-                )
-            )
+            with mistakes:
+                arrows.append(self._arrow(name, spec, "losses" if losses is None else "baseline"))
         if losses is not None:
             recipe = recipe.model_copy(update={"models": reached(recipe, losses)})
-        nodes, trained = self.models(recipe)
+        nodes: dict[str, Model] = {}
+        trained: set[str] = set()
+        with mistakes:
+            nodes, trained = self.models(recipe)
+        mistakes.report()
         torch.manual_seed(recipe.train.seed)
         return DistillationGraph(nodes, arrows, trained, recipe.keep)
+
+    def _arrow(self, name: str, spec: Mapping[str, Any], section: str) -> Arrow:
+        where = f"{section}.{name}"
+        arguments = {k: self.build(v, f"{where}.{k}") for k, v in spec.items() if k not in ARROW_KEYS}
+        return Arrow(
+            name=name,
+            objective=self._call(spec["type"], arguments, where),
+            head=spec["to"],
+            tail=spec.get("from"),
+            weight=spec.get("weight", 1.0),
+            detach=spec.get("detach", True),
+            data=tuple(_names(spec["data"])) if "data" in spec else None,
+        )
 
     def _call(self, type_name: str, arguments: Mapping[str, Any], where: str) -> Any:
         target = self._locate(type_name, where)
@@ -209,7 +217,7 @@ class Builder:
             return target(**arguments)
         except UserError as error:
             raise type(error)(f"{where}: {error}") from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OSError) as error:  # OSError: a configuration that is none
             raise RecipeError(f"{where}: {error}") from error
 
     def _check_call(self, node: Any, where: str, extra: Collection[str], base: type | None = None) -> None:
@@ -347,7 +355,7 @@ def _below(folder: str | None, value: Any) -> Any:
 
 
 def _names(value: Any) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+    return [] if value is None else [str(item) for item in (value if isinstance(value, list) else [value])]
 
 
 def _example(base: type | None) -> str:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from distill.errors import RecipeError
 from distill.paths import recipes_folder
 from distill.settings import Recipe
 
+Look = Callable[[Recipe], Sequence[str]]
 
-def load_recipe(spec: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+
+def load_recipe(spec: str | Path, overrides: Sequence[str] = (), look: Look | None = None) -> Recipe:
     """The recipe of a file, or of a name below ``recipes/`` (``text/wikiqa_student``), with overrides.
 
     Args:
         spec: A YAML file, or the name of a recipe that comes with the package.
         overrides: ``key=value``, the key with dots, the value in YAML.
+        look: Finds further mistakes in a recipe, which are told along with those of the schema.
 
     Raises:
         RecipeError: All mistakes of the file at once, each with its key and what is allowed.
@@ -32,7 +36,7 @@ def load_recipe(spec: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     document.setdefault("name", str(spec) if ours else path.stem)
     for override in overrides:
         _override(document, override)
-    return check_recipe(document, str(spec))
+    return check_recipe(document, str(spec), look)
 
 
 def find_recipe(spec: str | Path) -> Path:
@@ -59,18 +63,43 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML 1.2 mapping, by a safe loader: ``on`` is a word, ``2e-5`` a number, keys are not repeated."""
     try:
         document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    except MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise RecipeError(f"{path}{line}: not valid YAML: {error.problem or error.context}.") from error
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(document, dict):
         raise RecipeError(f"{path} must be a mapping with the keys {', '.join(Recipe.model_fields)}.")
     return document
 
 
-def check_recipe(document: Mapping[str, Any], where: str) -> Recipe:
+def check_recipe(document: Mapping[str, Any], where: str, look: Look | None = None) -> Recipe:
+    problems: list[str] = []
     try:
-        return Recipe.model_validate(document)
+        recipe: Recipe | None = Recipe.model_validate(document)
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(where, problem) for problem in error.errors())) from None
+        problems = [_explain(where, problem) for problem in error.errors()]
+        recipe = _without(document, [problem["loc"] for problem in error.errors()])
+    if look is not None and recipe is not None:
+        problems += look(recipe)
+    if problems or recipe is None:
+        raise RecipeError("\n".join(problems))
+    return recipe
+
+
+def _without(document: Mapping[str, Any], places: Iterable[Sequence[str | int]]) -> Recipe | None:
+    """The recipe without what is wrong in it, so that the rest can be looked at; None: too little is left."""
+    rest = copy.deepcopy(dict(document))
+    for place in places:
+        at: Any = rest
+        for part in place[:-1]:
+            at = at.get(part) if isinstance(at, dict) else None
+        if isinstance(at, dict) and place:
+            at.pop(place[-1], None)
+    try:
+        return Recipe.model_validate(rest)
+    except ValidationError:
+        return None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
-"""What ``distill run`` does: teachers first, then the student, its baseline, their measures, and the model.
+"""What ``distill run`` does: teachers first, then the student, its baseline, their measures, the model.
 
-A run is a folder. What is finished in it is not done again, so an interrupted run goes on by the same command.
+A run is a folder. What is finished in it is not done again: an interrupted run goes on by the same command.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import json
 import logging
 import platform
 import shutil
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -21,15 +22,20 @@ from ruamel.yaml import YAML
 
 from distill.build import Builder
 from distill.data.judged import Judged
-from distill.data.source import Source
-from distill.data.text_data import TextData
 from distill.errors import RecipeError
 from distill.evaluation import Evaluation, evaluate_model, queries_per_second, size_in_mb
 from distill.graph import DistillationGraph
 from distill.hub.files import atomic_write_text
 from distill.model import Encoder, Model
-from distill.nn.text_encoder import without_weights
-from distill.recipe import load_recipe
+from distill.plan import (
+    Plan,
+    baseline_losses,
+    can_be_measured,
+    heard_by,
+    plan_of,
+    split_to_measure,
+)
+from distill.recipe import load_recipe, read_yaml
 from distill.settings import Recipe
 from distill.trainer import Progress, Trainer
 
@@ -52,32 +58,39 @@ class Runs:
     trusted: Collection[str] = ()
     overwrite: bool = False
 
+    def load(self, spec: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """A recipe with overrides; all mistakes of its keys, types and names are in one error."""
+        return load_recipe(spec, overrides, self._builder(None).mistakes)
+
     def run(self, recipe: Recipe) -> Path:
         """Run a recipe to its end, or go on with it; returns the run's folder."""
         folder = self.folder / recipe.name
-        if self._is_done(recipe, folder):
+        changed = self._changed(recipe, folder)
+        if changed and not self.overwrite:
+            raise RecipeError(
+                f"{folder} holds a run of another recipe (other: {', '.join(changed)}). "
+                f"Give this one a name of its own (name=...), or pass --overwrite to replace it."
+            )
+        if not changed and (folder / FINISHED).exists():
             log.info("%s is finished; its recipe has not changed, so nothing is done again.", folder)
             return folder
-        self.check(recipe)
+        plan = self.check(recipe)
+        if changed:
+            shutil.rmtree(folder)
+        log.info("%s%s", "going on with " if folder.exists() else "", "\n".join([recipe.name, *plan.lines()]))
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(folder / "recipe.yaml", _yaml(recipe))
         atomic_write_text(folder / "environment.json", json.dumps(environment(), indent=1))
         _Run(recipe, folder, self._builder(self.model_of)).run()
         return folder
 
-    def check(self, recipe: Recipe) -> tuple[DistillationGraph, dict[str, TextData]]:
-        """Everything that can be checked without weights: names, data, the graph and its baseline's."""
-        builder = self._builder(self._configuration_of)
-        builder.check(recipe)
-        data = builder.data(recipe)
-        labelled = {name: part.split("train").labels is not None for name, part in data.items() if "train" in part.splits}
-        split_to_measure(recipe, data)
-        with without_weights():
-            graph = builder.graph(recipe)
-            graph.check(labelled)
-            if (losses := baseline_losses(recipe)) is not None:
-                builder.graph(recipe, losses).check(labelled)
-        return graph, data
+    def check(self, recipe: Recipe) -> Plan:
+        """Everything that can be checked without weights: names, data, measures, the graph, its baseline's.
+
+        Raises:
+            UserError: All mistakes of names; where there are none, all of data, measures and graph.
+        """
+        return plan_of(recipe, self._builder(self._configuration_of))
 
     def model_of(self, name: str) -> Path:
         """The model that another recipe leaves; it is run first if no finished run is there."""
@@ -95,26 +108,19 @@ class Runs:
         if (folder / "config.json").exists() or (folder / "modules.json").exists():
             return folder
         node = recipe.models.get(recipe.keep, {})
-        return self._builder(self._configuration_of).build(node.get("checkpoint"), f"{name}: models.{recipe.keep}")
+        return self._builder(self._configuration_of).build(
+            node.get("checkpoint"), f"{name}: models.{recipe.keep}"
+        )
 
-    def _builder(self, run_folder) -> Builder:
+    def _builder(self, run_folder: Callable[[str], str | Path] | None) -> Builder:
         return Builder(self.trusted, run_folder)
 
-    def _is_done(self, recipe: Recipe, folder: Path) -> bool:
+    def _changed(self, recipe: Recipe, folder: Path) -> list[str]:
+        """Which keys of the recipe differ from what the run in the folder was made with."""
         if not (folder / "recipe.yaml").exists():
-            return False
-        before = YAML(typ="safe", pure=True).load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        now = recipe.model_dump(mode="json")
-        if before == now:
-            return (folder / FINISHED).exists()
-        if not self.overwrite:
-            changed = [key for key in now if before.get(key) != now[key]]
-            raise RecipeError(
-                f"{folder} holds a run of another recipe (other: {', '.join(changed)}). "
-                f"Give this one a name of its own (name=...), or pass --overwrite to replace it."
-            )
-        shutil.rmtree(folder)
-        return False
+            return []
+        before, now = read_yaml(folder / "recipe.yaml"), recipe.model_dump(mode="json")
+        return [key for key in now if before.get(key) != now[key]]
 
 
 class _Run:
@@ -132,18 +138,22 @@ class _Run:
         graph.nodes[recipe.keep].save_pretrained(self.folder / recipe.keep)
         for name in sorted(graph.trained - {recipe.keep}):
             graph.nodes[name].save_pretrained(self.folder / "teachers" / name)
-        evaluations = {recipe.keep: self._evaluate(graph.nodes[recipe.keep])}
+        evaluations = {recipe.keep: self._evaluate(recipe.keep, graph.nodes[recipe.keep])}
         if recipe.evaluate.teachers:
-            teachers = [name for name in graph.nodes if name != recipe.keep and self._can_be_measured(graph.nodes[name])]
-            evaluations |= {name: self._evaluate(graph.nodes[name]) for name in teachers}
+            teachers = [
+                name for name in graph.nodes if name != recipe.keep and can_be_measured(graph.nodes[name])
+            ]
+            evaluations |= {name: self._evaluate(name, graph.nodes[name]) for name in teachers}
         models: dict[str, Model] = dict(graph.nodes)
         if (losses := baseline_losses(recipe)) is not None:
-            log.info("the same %s without teachers: same data, seed and %d steps", recipe.keep, progress.steps)
+            log.info(
+                "the same %s without teachers: same data, seed and %d steps", recipe.keep, progress.steps
+            )
             alone = self.builder.graph(recipe, losses)
             self._train(alone, self.folder / "baseline", steps=progress.steps)
             models["baseline"] = alone.nodes[recipe.keep]
             models["baseline"].save_pretrained(self.folder / "baseline" / recipe.keep)
-            evaluations["baseline"] = self._evaluate(models["baseline"])
+            evaluations["baseline"] = self._evaluate("the student without teachers", models["baseline"])
         if recipe.search:
             self._index(graph.nodes[recipe.keep])
         self._write(models, evaluations, progress)
@@ -151,8 +161,7 @@ class _Run:
     def _train(self, graph: DistillationGraph, folder: Path, steps: int | None = None) -> Progress:
         """Train a graph on the data sets that any of its arrows hears."""
         recipe = self.recipe
-        with_train = [name for name, data in self.data.items() if "train" in data.splits]
-        heard = [n for n in with_train if any(a.data is None or n in a.data for a in graph.arrows)]
+        heard = heard_by(graph, self.data)
         source = self.builder.source(recipe, self.data, heard)
         graph.check({name: self.data[name].split("train").labels is not None for name in heard})
         source.prepare(*graph.columns())
@@ -163,7 +172,9 @@ class _Run:
             source,
             recipe.train,
             folder,
-            evaluate=(lambda: self._measure(graph.nodes[recipe.keep], dev, dev).means) if dev and metrics else None,
+            evaluate=(lambda: self._measure(graph.nodes[recipe.keep], dev, dev).means)
+            if dev and metrics
+            else None,
             select=recipe.train.select or next(iter(metrics), None),
             steps=steps,
         )
@@ -173,29 +184,38 @@ class _Run:
         data = self.data[self.measured[0]] if self.measured else None
         return data.split("dev") if data is not None and "dev" in data.splits else None
 
-    def _evaluate(self, model: Model) -> Evaluation | None:
-        if self.measured is None or not self.recipe.evaluate.metrics:
+    def _evaluate(self, name: str, model: Model) -> Evaluation | None:
+        if self.measured is None:
             return None
-        name, split = self.measured
-        return self._measure(model, self.data[name].split(split), self._dev())
+        log.info("measuring %s on %s", name, self.measured[1])
+        return self._measure(model, self._judged(), self._dev(), progress=sys.stderr.isatty())
 
-    def _measure(self, model: Model, judged: Judged, dev: Judged | None) -> Evaluation:
+    def _measure(
+        self, model: Model, judged: Judged, dev: Judged | None, progress: bool = False
+    ) -> Evaluation:
         settings = self.recipe.evaluate
         return evaluate_model(
-            model, judged, settings.metrics, rerank=settings.rerank, threshold_from=dev
+            cast(Encoder, model),  # or a PairScorer: it can be measured
+            judged,
+            settings.metrics,
+            rerank=settings.rerank,
+            threshold_from=dev,
+            progress=progress,
         )
 
-    @staticmethod
-    def _can_be_measured(model: Model) -> bool:
-        return isinstance(model, Encoder) or (hasattr(model, "score_pairs") and "scores" in model.provides)
+    def _judged(self) -> Judged:
+        """The split that is measured."""
+        assert self.measured is not None
+        return self.data[self.measured[0]].split(self.measured[1])
 
     def _index(self, model: Model) -> None:
         from distill.index import Index
 
-        if not isinstance(model, Encoder) or self.measured is None:
-            raise RecipeError("search: only an Encoder, measured on a split, can be searched; remove `search`.")
-        candidates = self.data[self.measured[0]].split(self.measured[1]).candidates
-        index = Index.build(model.encode_candidates(candidates.texts), candidates.ids, candidates.texts)
+        assert isinstance(model, Encoder)  # was checked
+        candidates = self._judged().candidates
+        log.info("building an index of %s candidates", f"{len(candidates):,}")
+        vectors = model.encode_candidates(candidates.texts, progress=True)
+        index = Index.build(vectors, candidates.ids, candidates.texts, model=f"../{self.recipe.keep}")
         index.save(self.folder / "index")
 
     def _write(
@@ -209,9 +229,9 @@ class _Run:
             if evaluation is not None:
                 entry |= evaluation.to_json()
                 frames.append(evaluation.per_query.assign(model=name))
-                if isinstance(models[name], Encoder):
-                    queries = self.data[self.measured[0]].split(self.measured[1]).queries.texts[:512]
-                    entry["queries_per_second"] = round(queries_per_second(models[name], queries), 1)
+                if isinstance(model := models[name], Encoder):
+                    queries = self._judged().queries.texts[:512]
+                    entry["queries_per_second"] = round(queries_per_second(model, queries), 1)
             measures[name] = entry
         if frames:
             partial = self.folder / ".per_query.parquet"
@@ -226,21 +246,21 @@ class _Run:
             "dev": progress.dev,
             "models": measures,
         }
-        card = self._card(measures)
+        card = self._card(measures, models[recipe.keep])
         atomic_write_text(self.folder / recipe.keep / "README.md", card)
         atomic_write_text(self.folder / "README.md", card)
+        atomic_write_text(self.folder / FINISHED, json.dumps(result, indent=1))  # it marks the end
         for folder in (self.folder, self.folder / "baseline"):
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        atomic_write_text(self.folder / FINISHED, json.dumps(result, indent=1))  # last: it marks the end
 
-    def _card(self, measures: Mapping[str, Mapping[str, Any]]) -> str:
+    def _card(self, measures: Mapping[str, Mapping[str, Any]], model: Model) -> str:
         from distill.hub import model_card
 
         recipe = self.recipe
         base = recipe.models[recipe.keep].get("checkpoint")
         return model_card(
             recipe.name,
-            "encoder" if recipe.models[recipe.keep]["type"].endswith("BiEncoder") else "cross_encoder",
+            "encoder" if isinstance(model, Encoder) else "cross_encoder",
             recipe.model_dump(mode="json"),
             recipe.keep,
             {name: entry["metrics"] for name, entry in measures.items() if "metrics" in entry},
@@ -248,38 +268,6 @@ class _Run:
             dataset=" ".join(self.measured) if self.measured else "",
             base_model=base if isinstance(base, str) else None,
         )
-
-
-def baseline_losses(recipe: Recipe) -> dict[str, dict[str, Any]] | None:
-    """The losses of the same student without teachers; None: the recipe asks for no baseline."""
-    if recipe.baseline is False:
-        return None
-    if isinstance(recipe.baseline, Mapping):
-        return dict(recipe.baseline)
-    losses = {name: arrow for name, arrow in recipe.losses.items() if "from" not in arrow and arrow["to"] == recipe.keep}
-    if not losses:
-        raise RecipeError(
-            "baseline: no loss of this recipe leads from the labels to the student, so there is nothing to train "
-            "it on alone; give the baseline's losses under `baseline:`."
-        )
-    return losses
-
-
-def split_to_measure(recipe: Recipe, data: Mapping[str, TextData]) -> tuple[str, str] | None:
-    """The data set and split that are measured; None: the recipe names no metrics."""
-    wanted, split = recipe.evaluate.data, recipe.evaluate.split
-    if not recipe.evaluate.metrics:
-        return None
-    if wanted is not None and wanted not in data:
-        raise RecipeError(f"evaluate.data: there is no data set '{wanted}'; there are {', '.join(data)}.")
-    for name in [wanted] if wanted is not None else data:
-        if split in data[name].splits:
-            return name, split
-    raise RecipeError(
-        f"evaluate.split: no data set has a split '{split}'; there are "
-        + "; ".join(f"{name}: {', '.join(part.splits)}" for name, part in data.items())
-        + "."
-    )
 
 
 def environment() -> dict[str, Any]:

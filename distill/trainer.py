@@ -304,9 +304,7 @@ class Trainer:
         return self.source.steps(0)
 
     def _steps(self) -> int:
-        if self.settings.steps is not None:
-            return self.settings.steps
-        return max(1, round(self.settings.epochs * self._batches_per_epoch / self.settings.accumulate))
+        return steps_of(self.settings, self._batches_per_epoch)
 
     def _fit_to_time(self) -> None:
         """Cut the steps to what fits into ``minutes``, by the speed of a few steps that teach nothing."""
@@ -390,6 +388,7 @@ class Trainer:
             if self._interrupted.is_set():
                 raise KeyboardInterrupt
             self._interrupted.set()
+            log.info("stopping after this step; once more stops at once")
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -405,6 +404,13 @@ class Trainer:
             yield bar
         finally:
             bar.close()
+
+
+def steps_of(settings: TrainSettings, batches_per_epoch: int) -> int:
+    """Optimiser steps in all, unless ``minutes`` cuts them."""
+    if settings.steps is not None:
+        return settings.steps
+    return max(1, round(settings.epochs * batches_per_epoch / settings.accumulate))
 
 
 class _Bar:

@@ -1,9 +1,18 @@
 """What a model is worth: metrics, search, fidelity to its teacher, cost, and whether a gain is luck."""
 
 from distill.evaluation.cost import queries_per_second, size_in_mb
-from distill.evaluation.evaluate import Evaluation, evaluate_model
+from distill.evaluation.evaluate import Evaluation, check_measurable, evaluate_model
 from distill.evaluation.fidelity import fidelity
-from distill.evaluation.metrics import Qrels, RankingResult, Run, fit_threshold, pairs, parse_metric, ranking
+from distill.evaluation.metrics import (
+    Qrels,
+    RankingResult,
+    Run,
+    fit_threshold,
+    higher_is_better,
+    pairs,
+    parse_metric,
+    ranking,
+)
 from distill.evaluation.scoring import PairScorer, score_listed
 from distill.evaluation.search import search, top
 from distill.evaluation.significance import Comparison, compare
@@ -15,10 +24,12 @@ __all__ = [
     "Qrels",
     "RankingResult",
     "Run",
+    "check_measurable",
     "compare",
     "evaluate_model",
     "fidelity",
     "fit_threshold",
+    "higher_is_better",
     "pairs",
     "parse_metric",
     "queries_per_second",

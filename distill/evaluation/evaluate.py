@@ -92,15 +92,11 @@ def evaluate_model(
         threshold_from: The development split on which the threshold of Accuracy and F1 is fitted.
         progress: Show bars.
     """
-    if judged.task == "texts":
-        raise DataError(f"{judged.name or 'the split'} has texts only: there is nothing to measure on it.")
-    _labels(judged)
+    check_measurable(judged, metrics, threshold_from)
     if not can_search(model) and not hasattr(model, "score_pairs"):
         raise TypeError(f"{type(model).__name__} can neither encode texts for a search nor score pairs.")
     if judged.task == "pairs":
         return _evaluate_pairs(model, judged, metrics, threshold_from, progress)
-    for name in metrics:
-        plain.parse_metric(name)  # before the work
     kept, left_out = _with_positive(judged)
     if judged.task == "rerank":
         entries = torch.isin(query_of(judged.listed), kept)
@@ -129,17 +125,43 @@ def evaluate_model(
     return Evaluation(judged.name, judged.task, method, result.means, per_query, len(per_query), left_out)
 
 
+def check_measurable(judged: Judged, metrics: Sequence[str], threshold_from: Judged | None = None) -> None:
+    """Refuse, before any work, a split or metrics that ``evaluate_model`` could not measure."""
+    if judged.task == "texts":
+        raise DataError(f"{judged.name or 'the split'} has texts only: there is nothing to measure on it.")
+    labels = _labels(judged)
+    if judged.task == "pairs":
+        plain.check_pair_metrics(metrics)
+        if plain.needs_threshold(metrics):
+            if threshold_from is None:
+                raise RecipeError(
+                    "Accuracy and F1 need a threshold, fitted on another split: give threshold_from a "
+                    "labelled development split, or take these metrics out."
+                )
+            known = _labels(threshold_from).numpy()
+            plain.fit_threshold(known, known)
+        plain.pairs(
+            labels.numpy(), labels.numpy(), metrics, 0.5
+        )  # refuses labels that these metrics cannot read
+        return
+    for name in metrics:
+        plain.parse_metric(name)
+    _with_positive(judged)
+    if len(fractions := (labels != labels.round()).nonzero()[:, 0]):
+        row = int(fractions[0])
+        query = judged.queries.ids[int(query_of(judged.listed)[row])]
+        raise DataError(
+            f"{judged.name or 'the split'}: the label of query '{query}' and candidate "
+            f"'{judged.candidates.ids[int(judged.listed.values[row])]}' is {labels[row]:g}; ranking metrics "
+            f"need whole numbers: 0 for not relevant, 1 or more for relevant."
+        )
+
+
 def _evaluate_pairs(
     model: Encoder | PairScorer, judged: Judged, metrics: Sequence[str], dev: Judged | None, progress: bool
 ) -> Evaluation:
-    plain.check_pair_metrics(metrics)
     threshold = None
-    if plain.needs_threshold(metrics):
-        if dev is None:
-            raise RecipeError(
-                "Accuracy and F1 need a threshold, fitted on another split: give threshold_from a labelled "
-                "development split, or take these metrics out."
-            )
+    if dev is not None and plain.needs_threshold(metrics):
         threshold = plain.fit_threshold(score_listed(model, dev, progress).numpy(), _labels(dev).numpy())
     scores, labels = score_listed(model, judged, progress).numpy(), _labels(judged).numpy()
     means = plain.pairs(scores, labels, metrics, threshold)

@@ -159,6 +159,11 @@ def needs_threshold(metrics: Iterable[str]) -> bool:
     return not _NEED_THRESHOLD.isdisjoint(metrics)
 
 
+def higher_is_better(metric: str) -> bool:
+    """All but Logloss rise as a model gets better."""
+    return metric != "Logloss"
+
+
 def check_pair_metrics(metrics: Iterable[str]) -> None:
     for name in metrics:
         if name not in PAIR_METRICS:

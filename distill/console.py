@@ -1,0 +1,100 @@
+"""What the command shows: tables on stdout, messages on stderr. Next: ``cli.py``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
+
+WIDE = 160  # columns of a table that goes into a file or a pipe
+
+
+def print_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", text_columns: int = 1
+) -> None:
+    """Print a table on stdout; the first ``text_columns`` columns are words, the others numbers."""
+    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    for place, name in enumerate(header):
+        table.add_column(Text(name), justify="left" if place < text_columns else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text: what stands in brackets is no markup
+    _console().print(table)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same table in Markdown.
+
+    >>> print(markdown_table(["model", "nDCG@10"], [["student", "0.4213"]]))
+    | model | nDCG@10 |
+    |:--|--:|
+    | student | 0.4213 |
+    """
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    cells = (["" if cell is None else str(cell).replace("|", "\\|") for cell in line] for line in lines)
+    texts = [f"| {' | '.join(line)} |" for line in cells]
+    texts[1] = texts[1].replace(" ", "")
+    return "\n".join(texts)
+
+
+def one_line(text: str, width: int = 100) -> str:
+    """The start of a text, on one line.
+
+    >>> one_line("two\\nlines of words", width=12)
+    'two lines o…'
+    """
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def say(message: str) -> None:
+    """A message on stderr, above a progress bar if there is one."""
+    tqdm.write(message, file=sys.stderr)
+
+
+class Messages(logging.Handler):
+    """Shows what the framework logs: as it is on a terminal, with the time in a file."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        when = "" if sys.stderr.isatty() else self._time.formatTime(record, "%H:%M:%S ")
+        say(f"{when}{level}{record.getMessage()}")
+
+    _time = logging.Formatter()
+
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """Inside, the log of the framework is shown."""
+    logger, handler = logging.getLogger("distill"), Messages()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def quiet_libraries() -> None:
+    """No bars and reports of libraries for the loading and saving of local files; downloads keep theirs."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as reports
+
+    reports.set_verbosity_error()
+    reports.disable_progress_bar()
+    if sys.stderr.isatty() and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
+        enable_progress_bars()
+
+
+def _console() -> Console:
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
+    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)

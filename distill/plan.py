@@ -1,0 +1,261 @@
+"""What a run will do and cost, known before it starts: what ``distill check`` prints. Next: ``run.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from distill.build import Builder
+from distill.data.judged import Judged, TextTable, summary
+from distill.data.source import Source, TextSource
+from distill.data.text_data import TextData
+from distill.errors import Mistakes, RecipeError
+from distill.evaluation import check_measurable
+from distill.graph import DistillationGraph
+from distill.model import Encoder, Model
+from distill.nn.text_encoder import without_weights
+from distill.nn.tokenizer import TextColumn
+from distill.recipe import nearest
+from distill.settings import Recipe
+from distill.store import text_sources
+from distill.trainer import steps_of
+
+SAMPLE = 500  # texts whose ids are counted, for the estimate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe that was checked: its graph (without weights), its data, and where batches will come from."""
+
+    recipe: Recipe
+    graph: DistillationGraph
+    data: Mapping[str, TextData]
+    source: Source
+    steps: int  # optimiser steps, unless `minutes` cuts them
+
+    def splits(self) -> Iterator[tuple[str, str, dict[str, int | float]]]:
+        """Data set, split and its sizes, of each split that trains or is measured."""
+        used = ("train", "dev", self.recipe.evaluate.split)
+        for name, data in self.data.items():
+            for split in data.splits:
+                if split in used:
+                    yield name, split, summary(data.split(split))
+
+    def nodes(self) -> Iterator[tuple[str, str, int, bool, str]]:
+        """Name, type, number of parameters, whether it is trained, and what it provides, of each node."""
+        for name, node in self.graph.nodes.items():
+            spec = self.recipe.models[name]
+            kind = spec.get("type") or f"ref: {spec['ref']}"
+            size = sum(parameter.numel() for parameter in node.parameters())
+            yield name, kind, size, name in self.graph.trained, ", ".join(sorted(node.provides))
+
+    def arrows(self) -> Iterator[tuple[str, str, str, str]]:
+        """Name, way, objective and weight of each arrow."""
+        for arrow in self.graph.arrows:
+            way = f"{arrow.tail or 'labels'} -> {arrow.head}"
+            yield arrow.name, way, type(arrow.objective).__name__, str(arrow.weight)
+
+    def training(self) -> str:
+        """How long the training is, in words."""
+        train = self.recipe.train
+        batch = f"{train.batch_size} queries" + (f" x {train.accumulate}" if train.accumulate > 1 else "")
+        length = "" if train.steps else f" ({train.epochs:g} epochs)"
+        cut = "" if train.steps or not train.minutes else f", as many as fit into {train.minutes:g} minutes"
+        return f"{self.steps:,} steps of {batch}{length}{cut}"
+
+    def lines(self) -> list[str]:
+        """What will happen, in a few lines."""
+        named = len(self.data) > 1
+        lines = [
+            f"  {f'{name} ' if named else ''}{split}: {sizes['queries']:,} queries, "
+            f"{sizes['candidates']:,} candidates, {sizes['listed']:,} pairs listed"
+            for name, split, sizes in self.splits()
+        ]
+        lines += [
+            f"  {name}: {kind}, {'trained' if trained else 'frozen'}, {size / 1e6:.1f} M parameters"
+            for name, kind, size, trained, _ in self.nodes()
+        ]
+        lines += [f"  {name}: {way}, {kind}" for name, way, kind, _ in self.arrows()]
+        lines.append(f"  {self.training()}")
+        if self.recipe.baseline is not False:
+            lines.append(f"  then {self.recipe.keep} without teachers, as many steps, to compare with")
+        return lines
+
+    def costs(self) -> list[str]:
+        """What each node reads: ids per epoch where it is trained, texts or pairs where it is asked once."""
+        asked = self.graph.asked(self.graph.arrows)
+        return [
+            line
+            for name, source in text_sources(self.source).items()
+            for node in asked
+            if not self.graph.nodes[node].of
+            for line in self._costs(node, source, f"{name}: " if len(self.data) > 1 else "")
+        ]
+
+    def _costs(self, name: str, source: TextSource, where: str) -> Iterator[str]:
+        node, apart = self.graph.nodes[name], isinstance(self.graph.nodes[name], Encoder)
+        queries, listed = len(source.queries), len(source.queries) * source.width
+        texts = len(source.candidate_rows) if not queries else listed
+        q, c = (_mean_ids(table, columns, node) for table, columns in _sides(node, source))
+        if name in self.graph.trained:
+            ids = queries * q + texts * c if apart else listed * (q + c)
+            yield f"{where}{name} reads about {ids:,.0f} ids an epoch"
+        elif name in source.scored:
+            yield f"{where}{name} is not run: its scores come with the data"
+        elif apart:
+            once = queries + len(source.candidate_rows)
+            ids = queries * q + len(source.candidate_rows) * c
+            yield f"{where}{name} is asked once about {once:,} texts, about {ids:,.0f} ids"
+        else:
+            pairs = len(source.lists.rows.values)
+            yield f"{where}{name} is asked once about {pairs:,} pairs, about {pairs * (q + c):,.0f} ids"
+            if source.negatives:
+                yield f"{where}{name} is asked {listed:,} pairs again each epoch, as negatives are drawn anew"
+
+
+def plan_of(recipe: Recipe, builder: Builder) -> Plan:
+    """Check everything that can be checked without weights: names, data, measures, the graph, its baseline's.
+
+    Raises:
+        UserError: All mistakes of names; where there are none, all of data, measures and graph.
+    """
+    builder.check(recipe)
+    data: dict[str, TextData] = {}
+    labelled: dict[str, bool] = {}
+    graph = plan = None
+    mistakes = Mistakes()
+    with mistakes:
+        data = builder.data(recipe)
+    for name, part in data.items():
+        if "train" in part.splits:
+            with mistakes:
+                labelled[name] = part.split("train").labels is not None
+    with mistakes:
+        check_measures(recipe, data)
+    with mistakes, without_weights():
+        graph = builder.graph(recipe)
+        graph.check(labelled)
+        check_uses(recipe, graph)
+    with mistakes, without_weights():
+        if (losses := baseline_losses(recipe)) is not None:
+            builder.graph(recipe, losses).check(labelled)
+    if graph is not None and len(labelled) == sum("train" in part.splits for part in data.values()):
+        with mistakes:
+            source = builder.source(recipe, data, heard_by(graph, data))
+            plan = Plan(recipe, graph, data, source, steps_of(recipe.train, source.steps(0)))
+    mistakes.report()
+    assert plan is not None  # else there was a mistake
+    return plan
+
+
+def baseline_losses(recipe: Recipe) -> dict[str, dict[str, Any]] | None:
+    """The losses of the same student without teachers; None: the recipe asks for no baseline."""
+    if recipe.baseline is False:
+        return None
+    if isinstance(recipe.baseline, Mapping):
+        return dict(recipe.baseline)
+    losses = {
+        name: arrow
+        for name, arrow in recipe.losses.items()
+        if "from" not in arrow and arrow["to"] == recipe.keep
+    }
+    if not losses:
+        raise RecipeError(
+            "baseline: no loss of this recipe leads from the labels to the student, so there is nothing "
+            "to train it on alone; give the baseline's losses under `baseline:`."
+        )
+    return losses
+
+
+def can_be_measured(model: Model) -> bool:
+    return isinstance(model, Encoder) or (hasattr(model, "score_pairs") and "scores" in model.provides)
+
+
+def heard_by(graph: DistillationGraph, data: Mapping[str, TextData]) -> list[str]:
+    """The data sets with a train split that some arrow hears."""
+    with_train = [name for name, part in data.items() if "train" in part.splits]
+    return [n for n in with_train if any(arrow.data is None or n in arrow.data for arrow in graph.arrows)]
+
+
+def check_measures(recipe: Recipe, data: Mapping[str, TextData]) -> None:
+    """Refuse metrics, or splits to measure, that would fail after the training."""
+    metrics = recipe.evaluate.metrics
+    if not data or (measured := split_to_measure(recipe, data)) is None:
+        if recipe.search:
+            raise RecipeError(
+                "search: the candidates of evaluate.split are searched; give evaluate.metrics too."
+            )
+        return
+    part, select, mistakes = data[measured[0]], recipe.train.select, Mistakes()
+    if select is not None and select not in metrics:
+        mistakes.add(
+            f"train.select: '{select}' is not measured; evaluate.metrics are {', '.join(metrics)}."
+            f"{nearest(select, metrics)}"
+        )
+    dev: Judged | None = None
+    if "dev" in part.splits:
+        with mistakes:
+            dev = part.split("dev")
+    for name in (measured[1], "dev"):
+        with mistakes:
+            try:
+                if name in part.splits:
+                    check_measurable(part.split(name), metrics, dev)
+            except RecipeError as error:
+                raise RecipeError(f"evaluate.metrics: {error}") from error
+    mistakes.report()
+
+
+def check_uses(recipe: Recipe, graph: DistillationGraph) -> None:
+    """Refuse what a checked graph cannot be used for, and settings of nodes that it does not train."""
+    kept, mistakes = graph.nodes[recipe.keep], Mistakes()
+    if recipe.evaluate.metrics and not can_be_measured(kept):
+        mistakes.add(
+            f"evaluate.metrics: models.{recipe.keep} provides only {', '.join(sorted(kept.provides))}, from "
+            f"which nothing can be ranked; remove the metrics."
+        )
+    if recipe.search and not isinstance(kept, Encoder):
+        mistakes.add(
+            f"search: models.{recipe.keep} reads query and candidate together, so it has no index; "
+            f"remove `search`."
+        )
+    for name in recipe.train.learning_rates:
+        if name not in graph.trained:
+            mistakes.add(
+                f"train.learning_rates: '{name}' is not a trained node.{nearest(name, graph.trained)}"
+            )
+    mistakes.report()
+
+
+def split_to_measure(recipe: Recipe, data: Mapping[str, TextData]) -> tuple[str, str] | None:
+    """The data set and split that are measured; None: the recipe names no metrics."""
+    wanted, split = recipe.evaluate.data, recipe.evaluate.split
+    if not recipe.evaluate.metrics:
+        return None
+    if wanted is not None and wanted not in data:
+        raise RecipeError(f"evaluate.data: there is no data set '{wanted}'; there are {', '.join(data)}.")
+    for name in [wanted] if wanted is not None else data:
+        if split in data[name].splits:
+            return name, split
+    raise RecipeError(
+        f"evaluate.split: no data set has a split '{split}'; there are "
+        + "; ".join(f"{name}: {', '.join(part.splits)}" for name, part in data.items())
+        + "."
+    )
+
+
+def _sides(
+    node: Model, source: TextSource
+) -> tuple[tuple[TextTable, tuple[TextColumn, ...]], tuple[TextTable, tuple[TextColumn, ...]]]:
+    return (source.queries, node.reads[0]), (source.candidates, node.reads[1])
+
+
+def _mean_ids(table: TextTable, columns: tuple[TextColumn, ...], node: Model) -> float:
+    """Ids per text, estimated from a sample and cut at the node's maximum length."""
+    texts = table.texts[:: max(1, len(table) // SAMPLE)]
+    if not texts:
+        return 0.0
+    longest = getattr(node, "max_length", None)
+    lengths = [column.encode(texts).lengths.clamp(max=longest) for column in columns]
+    return sum(float(length.float().mean()) for length in lengths)
