@@ -1,7 +1,7 @@
-"""Attention and dropout that train fast on a CPU; on a GPU, and without gradient, torch's own are used.
+"""Attention and dropout that train fast on a CPU; on a GPU and without gradient torch's own are used.
 
-On a CPU the backward of torch's fused attention takes several times as long as the plain products for texts of
-ordinary length, and its dropout draws one random number at a time. Both are measured by
+On a CPU the backward of torch's fused attention takes several times as long as the plain products for
+texts of ordinary length, and its dropout draws one random number at a time. Both are measured by
 ``benchmarks/train_text.py``.
 """
 
@@ -19,7 +19,7 @@ NAME = "distill"  # of the attention, as `transformers` registers it
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask is drawn by a fast generator, seeded by torch's: a run that is resumed draws the same.
+    """Dropout whose mask is drawn by a fast generator, seeded by torch's: a resumed run draws the same.
 
     Probabilities are taken to 1/65,536.
     """
@@ -54,9 +54,13 @@ def attention(
     scaling: float | None = None,
     **others,
 ) -> tuple[Tensor, None]:
-    """An attention of ``transformers``: query, key, value [n, H, T, D] to [n, T, H, D]; the mask is boolean."""
+    """An attention of ``transformers``: query, key, value [n, H, T, D] to [n, T, H, D]; a boolean mask."""
     plain = query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad
-    if not plain or query.shape[1] != key.shape[1] or others.get("position_bias") is not None:
+    causal = attention_mask is None and getattr(module, "is_causal", False)  # said by no mask
+    special = causal or any(
+        others.get(name) is not None for name in ("position_bias", "softcap", "is_causal")
+    )
+    if not plain or special or query.shape[1] != key.shape[1]:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(

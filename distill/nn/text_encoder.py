@@ -124,12 +124,15 @@ class TextEncoder(nn.Module):
 
 
 def keep_layers(backbone: nn.Module, layers: int | Sequence[int]) -> None:
-    """Keep the first n, or the listed, layers of a transformer, in place; negative numbers count from the end."""
+    """Keep the first n, or the listed, layers of a transformer, in place; -1 is the last."""
     config = backbone.config
     total = config.num_hidden_layers
-    wanted = list(range(layers)) if isinstance(layers, int) else [i % total if -total <= i else i for i in layers]
-    if not wanted or min(wanted) < 0 or max(wanted) >= total:
-        raise RecipeError(f"layers: {layers} cannot be kept, the checkpoint has {total} layers (0 to {total - 1}).")
+    listed = range(layers) if isinstance(layers, int) else layers
+    wanted = [i + total if -total <= i < 0 else i for i in listed]
+    if not wanted or min(wanted) < 0 or max(wanted) >= total or len({*wanted}) < len(wanted):
+        raise RecipeError(
+            f"layers: {layers} cannot be kept, the checkpoint has {total} layers (0 to {total - 1})."
+        )
     stacks = [
         (parent, name, child)
         for parent in backbone.modules()
@@ -142,10 +145,22 @@ def keep_layers(backbone: nn.Module, layers: int | Sequence[int]) -> None:
             f"({len(stacks)} lists have that length); leave `layers` out for this checkpoint."
         )
     parent, name, stack = stacks[0]
-    setattr(parent, name, nn.ModuleList(stack[i] for i in wanted))
+    kept = nn.ModuleList(stack[i] for i in wanted)
+    for place, layer in enumerate(kept):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # its place in a cache
+                module.layer_idx = place
+    setattr(parent, name, kept)
     config.num_hidden_layers = len(wanted)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[i] for i in wanted]
+    with torch.device("meta"):
+        new = type(backbone)(copy.deepcopy(config))
+    if new.state_dict().keys() != backbone.state_dict().keys():
+        raise RecipeError(
+            f"layers: {layers} cannot be kept, the layers of {type(backbone).__name__} differ by their "
+            f"place; begin with layer 0 and keep the order."
+        )
 
 
 _WITHOUT_WEIGHTS: ContextVar[bool] = ContextVar("without_weights", default=False)
