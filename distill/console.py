@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
+import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
+
+from distill.errors import RunError, UserError
 
 WIDE = 160  # columns of a table that goes into a file or a pipe
 
@@ -82,6 +88,51 @@ def messages() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+@contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Turns what goes wrong into one message and an exit code."""
+    with messages(), warnings.catch_warnings():
+        if not debug:
+            warnings.simplefilter("ignore")  # of libraries; ours are logged
+        try:
+            yield
+        except BrokenPipeError:
+            raise  # whoever read our output has gone
+        except (Exception, KeyboardInterrupt) as error:
+            if debug:
+                traceback.print_exc()
+            message, code = _explained(error)
+            say(message)
+            raise typer.Exit(code) from None
+
+
+def _explained(error: BaseException) -> tuple[str, int]:
+    """What to say about an error, and the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        said = str(error) or "what was saved before is kept"
+        return f"interrupted: {said}. The same command goes on from there.", 1
+    if _disk_is_full(error):
+        return (
+            f"error: the disk is full ({error}). Free some space; what was finished is kept, and the same "
+            f"command goes on from there.",
+            1,
+        )
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    if isinstance(error, RunError):
+        return f"error: {error}", 1
+    return f"error: {type(error).__name__}: {one_line(str(error), 500)} (--debug shows where)", 1
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether this error, or one it came from, is a full disk; libraries say so in words only."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def quiet_libraries() -> None:

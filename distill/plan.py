@@ -13,6 +13,7 @@ from distill.data.text_data import TextData
 from distill.errors import Mistakes, RecipeError
 from distill.evaluation import check_measurable
 from distill.graph import DistillationGraph
+from distill.measure import can_be_measured
 from distill.model import Encoder, Model
 from distill.nn.text_encoder import without_weights
 from distill.nn.tokenizer import TextColumn
@@ -166,10 +167,6 @@ def baseline_losses(recipe: Recipe) -> dict[str, dict[str, Any]] | None:
             "to train it on alone; give the baseline's losses under `baseline:`."
         )
     return losses
-
-
-def can_be_measured(model: Model) -> bool:
-    return isinstance(model, Encoder) or (hasattr(model, "score_pairs") and "scores" in model.provides)
 
 
 def heard_by(graph: DistillationGraph, data: Mapping[str, TextData]) -> list[str]:

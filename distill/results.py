@@ -9,6 +9,7 @@ from typing import Any
 from distill.evaluation.metrics import higher_is_better
 
 NOTHING = "—"
+HEADER = ("model", "size in MB", "queries/s")  # the metrics stand after the first
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def results(measured: Mapping[str, Any]) -> Results:
     if "baseline" in models:
         names["baseline"] = f"{keep} without teachers"
     return Results(
-        header=["model", *metrics, "size in MB", "queries/s"],
+        header=[HEADER[0], *metrics, *HEADER[1:]],
         rows=[row(name, models[key], metrics) for key, name in names.items()],
         gap=_gap(models, keep, order[:-1], metrics[0]) if metrics else "",
     )

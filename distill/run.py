@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,14 +23,15 @@ from ruamel.yaml import YAML
 from distill.build import Builder
 from distill.data.judged import Judged
 from distill.errors import RecipeError
-from distill.evaluation import Evaluation, evaluate_model, queries_per_second, size_in_mb
+from distill.evaluation import Evaluation
 from distill.graph import DistillationGraph
 from distill.hub.files import atomic_write_text
+from distill.measure import can_be_measured, entry_of, measure
 from distill.model import Encoder, Model
 from distill.plan import (
     Plan,
     baseline_losses,
-    can_be_measured,
+    check_measures,
     heard_by,
     plan_of,
     split_to_measure,
@@ -91,6 +92,19 @@ class Runs:
             UserError: All mistakes of names; where there are none, all of data, measures and graph.
         """
         return plan_of(recipe, self._builder(self._configuration_of))
+
+    def evaluate(self, model: Model, recipe: Recipe) -> dict[str, Any]:
+        """A model's metrics on the split that the recipe measures, its size and speed."""
+        data = self._builder(None).data(recipe)
+        check_measures(recipe, data)
+        if (measured := split_to_measure(recipe, data)) is None:
+            raise RecipeError(
+                "evaluate.metrics: none are named; add some, such as evaluate.metrics=[nDCG@10]."
+            )
+        part, split = data[measured[0]], measured[1]
+        dev = part.split("dev") if "dev" in part.splits else None
+        evaluation = measure(model, part.split(split), recipe.evaluate, dev, progress=sys.stderr.isatty())
+        return entry_of(model, evaluation, part.split(split))
 
     def model_of(self, name: str) -> Path:
         """The model that another recipe leaves; it is run first if no finished run is there."""
@@ -172,7 +186,7 @@ class _Run:
             source,
             recipe.train,
             folder,
-            evaluate=(lambda: self._measure(graph.nodes[recipe.keep], dev, dev).means)
+            evaluate=(lambda: measure(graph.nodes[recipe.keep], dev, recipe.evaluate, dev).means)
             if dev and metrics
             else None,
             select=recipe.train.select or next(iter(metrics), None),
@@ -188,20 +202,8 @@ class _Run:
         if self.measured is None:
             return None
         log.info("measuring %s on %s", name, self.measured[1])
-        return self._measure(model, self._judged(), self._dev(), progress=sys.stderr.isatty())
-
-    def _measure(
-        self, model: Model, judged: Judged, dev: Judged | None, progress: bool = False
-    ) -> Evaluation:
-        settings = self.recipe.evaluate
-        return evaluate_model(
-            cast(Encoder, model),  # or a PairScorer: it can be measured
-            judged,
-            settings.metrics,
-            rerank=settings.rerank,
-            threshold_from=dev,
-            progress=progress,
-        )
+        settings, bar = self.recipe.evaluate, sys.stderr.isatty()
+        return measure(model, self._judged(), settings, self._dev(), progress=bar)
 
     def _judged(self) -> Judged:
         """The split that is measured."""
@@ -225,14 +227,10 @@ class _Run:
         measures: dict[str, Any] = {}
         frames = []
         for name, evaluation in evaluations.items():
-            entry: dict[str, Any] = {"size_mb": round(size_in_mb(models[name]), 3)}
+            judged = None if evaluation is None else self._judged()
+            measures[name] = entry_of(models[name], evaluation, judged)
             if evaluation is not None:
-                entry |= evaluation.to_json()
                 frames.append(evaluation.per_query.assign(model=name))
-                if isinstance(model := models[name], Encoder):
-                    queries = self._judged().queries.texts[:512]
-                    entry["queries_per_second"] = round(queries_per_second(model, queries), 1)
-            measures[name] = entry
         if frames:
             partial = self.folder / ".per_query.parquet"
             pd.concat(frames, ignore_index=True).to_parquet(partial, index=False)

@@ -1,0 +1,262 @@
+"""The ``distill`` command. Exit codes: 0 done, 1 the run failed, 2 the input is wrong.
+
+Messages go to stderr, results to stdout. What is heavy is imported inside a command, so that help is fast.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from distill.console import markdown_table, one_line, print_table, quiet_libraries, reported, say
+from distill.errors import DataError, UserError
+
+app = typer.Typer(
+    help="From powerful models to small ones, for search and recommendation, by recipe.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name of ours, or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe, such as train.epochs=3."),
+]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A run, a folder, package:NAME/FOLDER or a Hub name.")
+]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option("--trust", metavar="PKG", help="A package whose classes a recipe may name; repeatable."),
+]
+RunsFolder = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="The folder of all runs.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")]
+RUNS = Path("runs")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; ends in SystemExit, with the exit code."""
+    app(args=None if argv is None else list(argv), prog_name="distill")
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what another recipe left under this name.")
+    ] = False,
+    trust: Trust = None,
+    runs: RunsFolder = RUNS,
+    debug: Debug = False,
+) -> None:
+    """Train (teachers first), evaluate, save, report; goes on where an earlier run stopped."""
+    with reported(debug):
+        from distill.run import Runs
+
+        quiet_libraries()
+        all_runs = Runs(runs, trust or (), overwrite)
+        _show(all_runs.run(all_runs.load(recipe, overrides or ())))
+
+
+@app.command()
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    trust: Trust = None,
+    runs: RunsFolder = RUNS,
+    debug: Debug = False,
+) -> None:
+    """Find all mistakes of a recipe without training, and say what its run will cost."""
+    with reported(debug):
+        from distill.run import Runs
+
+        quiet_libraries()
+        all_runs = Runs(runs, trust or ())
+        plan = all_runs.check(all_runs.load(recipe, overrides or ()))
+        splits = [(name, split, *map(str, sizes.values())) for name, split, sizes in plan.splits()]
+        sizes = next(plan.splits(), ("", "", {}))[2]
+        print_table(["data", "split", *sizes], splits, text_columns=2)
+        nodes = [
+            (name, kind, "trained" if trained else "frozen", provides, f"{size / 1e6:.1f}")
+            for name, kind, size, trained, provides in plan.nodes()
+        ]
+        print_table(["model", "type", "", "provides", "M parameters"], nodes, text_columns=4)
+        print_table(["loss", "way", "objective", "weight"], list(plan.arrows()), text_columns=3)
+        queries, candidates = ([column.key for column in side] for side in plan.graph.columns())
+        print(
+            f"columns: queries {', '.join(queries) or 'none'}; candidates {', '.join(candidates) or 'none'}"
+        )
+        print("\n".join([plan.training(), *plan.costs()]))
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[
+        Literal["recipes", "objectives", "models", "data", "metrics", "runs"] | None,
+        typer.Argument(help="What to list; without it, everything.", show_default=False),
+    ] = None,
+    runs: RunsFolder = RUNS,
+    debug: Debug = False,
+) -> None:
+    """What a recipe can name, and the runs there are: one line each."""
+    with reported(debug):
+        from distill.listing import KINDS, listed
+
+        for each in KINDS if kind is None else [kind]:
+            lines = list(listed(each, runs))
+            if kind is None:
+                print(f"{each}:")
+            width = max((len(name) for name, _ in lines), default=0)
+            for name, line in lines:
+                print(f"{'' if kind else '  '}{name:<{width}}  {line}".rstrip())
+
+
+@app.command()
+def evaluate(
+    model: ModelName,
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    split: Annotated[str | None, typer.Option(help="Measure this split, not the recipe's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust: Trust = None,
+    runs: RunsFolder = RUNS,
+    debug: Debug = False,
+) -> None:
+    """Measure a saved model on the data of a recipe."""
+    with reported(debug):
+        from distill.open import open_model
+        from distill.results import HEADER, row
+        from distill.run import Runs
+
+        quiet_libraries()
+        all_runs = Runs(runs, trust or ())
+        chosen = [*(overrides or ()), *([f"evaluate.split={split}"] if split else [])]
+        loaded = all_runs.load(recipe, chosen)
+        measured = all_runs.evaluate(open_model(model, runs), loaded)
+        if as_json:
+            print(json.dumps({"model": model, **measured}, indent=1))
+            return
+        metrics = list(measured["metrics"])
+        title = f"{measured['name']}: {measured['method']}, {measured['queries']:,} of them"
+        print_table([HEADER[0], *metrics, *HEADER[1:]], [row(model, measured, metrics)], title)
+        for reason, count in measured["left_out"].items():
+            if count:
+                print(f"left out: {count:,} queries with {reason}")
+
+
+@app.command()
+def index(
+    model: ModelName,
+    corpus: Annotated[
+        str, typer.Argument(help="A parquet, jsonl, json, csv or tsv file, a folder, a Hub name.")
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("index"),
+    factory: Annotated[str, typer.Option(help="Of Faiss: Flat, HNSW32, IVF1024,PQ32, ...")] = "Flat",
+    text_column: Annotated[str, typer.Option(help="Its name in the corpus.")] = "text",
+    id_column: Annotated[str, typer.Option(help="Its name in the corpus.")] = "_id",
+    title_column: Annotated[str | None, typer.Option(help="Put before the text.", show_default=False)] = None,
+    runs: RunsFolder = RUNS,
+    debug: Debug = False,
+) -> None:
+    """Build a Faiss index of a corpus."""
+    with reported(debug):
+        from distill.index import ABOUT, Index
+
+        if output.exists() and not (output / ABOUT).is_file() and (output.is_file() or any(output.iterdir())):
+            raise UserError(f"{output} is there and is no index; name another folder with --output.")
+        quiet_libraries()
+        encoder = _encoder(model, runs)
+        ids, texts = _corpus(corpus, id_column, text_column, title_column)
+        say(f"encoding {len(texts):,} texts")
+        vectors = encoder.encode_candidates(texts, progress=True)
+        name = str(Path(model).resolve()) if Path(model).is_dir() else model
+        made = Index.build(vectors, ids, texts, factory=factory, model=name)
+        made.save(output)
+        print(f"{output}: {len(made):,} candidates, {made.dim} dimensions, {factory}")
+
+
+@app.command()
+def search(
+    folder: Annotated[Path, typer.Argument(metavar="INDEX", help="The folder of an index.")],
+    queries: Annotated[list[str] | None, typer.Argument(help="None: one per line of stdin.")] = None,
+    model: Annotated[str | None, typer.Option(help="Another model than the one that made the index.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Hits per query.")] = 10,
+    runs: RunsFolder = RUNS,
+    debug: Debug = False,
+) -> None:
+    """Ask an index."""
+    with reported(debug):
+        quiet_libraries()
+        asked = queries or [line.strip() for line in sys.stdin if line.strip()]
+        if not asked:
+            raise UserError("no query: give one as an argument, or one per line of stdin.")
+        _answer(folder, asked, k, model, runs)
+
+
+def _show(folder: Path) -> None:
+    """The table of a finished run, on stdout and as ``results.md``, and its answers to sample queries."""
+    from distill.hub.files import atomic_write_text, read_json
+    from distill.recipe import read_yaml
+    from distill.results import results
+
+    table = results(read_json(folder / "metrics.json"))
+    text = markdown_table(table.header, table.rows)
+    atomic_write_text(folder / "results.md", f"{text}\n\n{table.gap}\n" if table.gap else f"{text}\n")
+    print_table(table.header, table.rows)
+    if table.gap:
+        print(table.gap)
+    print(f"run folder: {folder}")
+    if queries := read_yaml(folder / "recipe.yaml").get("search"):
+        print()
+        _answer(folder / "index", queries, k=3)
+
+
+def _answer(
+    folder: Path, queries: Sequence[str], k: int, model: str | None = None, runs: Path = RUNS
+) -> None:
+    """Print the hits of each query: score, id and the start of the text."""
+    from distill.index import Index
+
+    index = Index.load(folder)
+    if not (name := model or index.about.get("model")):
+        raise UserError(f"{folder} does not say which model made it; name it with --model.")
+    beside = model is None and (folder / name).is_dir()  # the model of a run lies beside its index
+    vectors = _encoder(str(folder / name) if beside else name, runs).encode_queries(list(queries))
+    for query, hits in zip(queries, index.search(vectors, k), strict=True):
+        print(query)
+        for hit in hits:
+            print(f"{hit.rank:>4}  {hit.score:.4f}  {hit.id}  {one_line(hit.text or '')}".rstrip())
+
+
+def _encoder(name: str, runs: Path) -> Any:
+    from distill.model import Encoder
+    from distill.open import open_model
+
+    model = open_model(name, runs)
+    if not isinstance(model, Encoder):
+        raise UserError(f"{name} reads query and candidate together, so it cannot be indexed or searched.")
+    return model
+
+
+def _corpus(
+    spec: str, id_column: str, text_column: str, title_column: str | None
+) -> tuple[list[str], list[str]]:
+    """Ids and texts of a corpus, none of them empty."""
+    from distill.data import read_table
+
+    table = read_table(spec, {"id": id_column, "text": text_column, "title": title_column}, where="CORPUS")
+    if title_column is None:
+        return table.ids("id", unique=True), table.texts("text")
+    pairs = zip(table.strings("title"), table.strings("text"), strict=True)
+    texts = [f"{title} {text}".strip() for title, text in pairs]
+    if "" in texts:
+        raise DataError(f"{table.where('text', texts.index(''))}: neither title nor text. Remove the row.")
+    return table.ids("id", unique=True), texts
