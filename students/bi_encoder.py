@@ -22,7 +22,14 @@ from distill.hub import (
 )
 from distill.model import Encoder
 from distill.nn.precision import Precision, serving_autocast
-from distill.nn.text_encoder import TextEncoder, dropout_arguments, in_slices, keep_layers, load_backbone
+from distill.nn.text_encoder import (
+    TextEncoder,
+    checkpoint_activations,
+    dropout_arguments,
+    in_slices,
+    keep_layers,
+    load_backbone,
+)
 from distill.nn.tokenizer import TextColumn, TextTokenizer
 from distill.outputs import Needs, Outputs
 
@@ -99,7 +106,7 @@ class BiEncoder(Encoder):
                 if layers is not None:
                     keep_layers(backbone, layers)
                 if activation_checkpointing:
-                    backbone.gradient_checkpointing_enable()
+                    checkpoint_activations(backbone)
                 text = TextEncoder(backbone, TextTokenizer.from_pretrained(folder), chunk_tokens)
             dense = [part.module() for part in layout.dense]
             size = layout.dense[-1].weight.shape[0] if layout.dense else text.backbone.config.hidden_size

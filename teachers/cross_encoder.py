@@ -10,9 +10,17 @@ from torch import Tensor
 
 from distill.batch import Batch, Ragged
 from distill.hub import read_cross_encoder, resolve_checkpoint, write_cross_encoder
+from distill.hub.checkpoint import read_config
 from distill.model import Model
 from distill.nn.precision import Precision, serving_autocast
-from distill.nn.text_encoder import TextEncoder, dropout_arguments, in_slices, keep_layers, load_backbone
+from distill.nn.text_encoder import (
+    TextEncoder,
+    checkpoint_activations,
+    dropout_arguments,
+    in_slices,
+    keep_layers,
+    load_backbone,
+)
 from distill.nn.tokenizer import TextColumn, TextTokenizer
 from distill.outputs import Needs, Outputs
 
@@ -61,6 +69,13 @@ class CrossEncoder(Model):
 
         folder = resolve_checkpoint(checkpoint)
         layout = read_cross_encoder(folder)
+        config = read_config(layout.transformer_folder)
+        headed = any("ForSequenceClassification" in name for name in config.get("architectures") or ())
+        if headed and classes not in (None, layout.num_labels):
+            raise ValueError(
+                f"classes: {classes}, but the checkpoint was trained with {layout.num_labels}; "
+                f"leave `classes` out."
+            )
         backbone = load_backbone(
             AutoModelForSequenceClassification,
             layout.transformer_folder,
@@ -70,7 +85,7 @@ class CrossEncoder(Model):
         if layers is not None:
             keep_layers(backbone, layers)
         if activation_checkpointing:
-            backbone.gradient_checkpointing_enable()
+            checkpoint_activations(backbone)
         self.classes = backbone.config.num_labels
         self.max_length = max_length or min(layout.max_length or 512, 512)
         self.query_max_length = query_max_length

@@ -163,6 +163,14 @@ def keep_layers(backbone: nn.Module, layers: int | Sequence[int]) -> None:
         )
 
 
+def checkpoint_activations(backbone: nn.Module) -> None:
+    """Let a transformer compute its activations again in the backward, by the name its release has for it."""
+    enable = (
+        getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
+    )
+    enable()
+
+
 _WITHOUT_WEIGHTS: ContextVar[bool] = ContextVar("without_weights", default=False)
 
 
