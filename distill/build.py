@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from distill.arguments import wrong_value
 from distill.data.mixture import Mixture
 from distill.data.source import Source
 from distill.data.text_data import TextData
@@ -55,9 +56,12 @@ class Builder:
     def mistakes(self, recipe: Recipe) -> list[str]:
         """What ``check`` finds wrong, a line each."""
         self.problems.clear()
-        for name, node in recipe.data_sets.items():
-            where = "data" if "type" in recipe.data else f"data.{name}"
+        one = not any(isinstance(node, Mapping) and "type" in node for node in recipe.data.values())
+        for name, node in {"data": recipe.data}.items() if one else recipe.data_sets.items():
+            where = "data" if one else self._place(recipe, name)
             self._check_call(node, where, SOURCE_KEYS, TextData)
+            if isinstance(node, Mapping) and not isinstance(node.get("negatives", []), list):
+                self.problems.append(f"{where}.negatives: it should be a list of samplers.")
         for name, node in recipe.models.items():
             self._check_name(name, f"models.{name}", RUN_FOLDERS)
             if set(node) == {"ref"}:
@@ -131,7 +135,7 @@ class Builder:
             }
             try:
                 sources[name] = data[name].train_source(**arguments)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise RecipeError(f"{self._place(recipe, name)}: {error}") from error
         return Mixture(sources, recipe.train.seed) if len(sources) > 1 else next(iter(sources.values()))
 
@@ -234,7 +238,7 @@ class Builder:
             return
         if base is not None and not (inspect.isclass(target) and issubclass(target, base)):
             self.problems.append(
-                f"{where}.type: {node['type']} is not a {base.__name__}, such as {_example(base)}."
+                f"{where}.type: {node['type']} is no {base.__name__}, such as {_example(base)}."
             )
             return
         parameters = inspect.signature(target).parameters
@@ -252,6 +256,13 @@ class Builder:
                 if isinstance(item, Mapping) and "type" in item:
                     inner = f"{where}.{key}" + (f"[{i}]" if isinstance(value, list) else "")
                     self._check_call(item, inner, ())
+            if key in ("train", "detach") and key in extra:  # in YAML 1.2, `no` is a word
+                problem = "" if isinstance(value, bool) else f"should be true or false, got {value!r}"
+            else:
+                takes = TextData.train_source if base is TextData and key in extra else target
+                problem = wrong_value(takes, key, value)
+            if problem:
+                self.problems.append(f"{where}.{key}: it {problem}.")
         for name, parameter in parameters.items():
             named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
             wanted = named and parameter.default is parameter.empty

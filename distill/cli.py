@@ -145,8 +145,9 @@ def evaluate(
             print(json.dumps({"model": model, **measured}, indent=1))
             return
         metrics = list(measured["metrics"])
-        title = f"{measured['name']}: {measured['method']}, {measured['queries']:,} of them"
-        print_table([HEADER[0], *metrics, *HEADER[1:]], [row(model, measured, metrics)], title)
+        what = "pairs" if measured["task"] == "pairs" else "queries"
+        print(f"{measured['name']}: {measured['method']}, {measured['queries']:,} {what}")
+        print_table([HEADER[0], *metrics, *HEADER[1:]], [row(model, measured, metrics)])
         for reason, count in measured["left_out"].items():
             if count:
                 print(f"left out: {count:,} queries with {reason}")
@@ -169,6 +170,7 @@ def index(
     """Build a Faiss index of a corpus."""
     with reported(debug):
         from distill.index import ABOUT, Index
+        from distill.open import model_folder
 
         if output.exists() and not (output / ABOUT).is_file() and (output.is_file() or any(output.iterdir())):
             raise UserError(f"{output} is there and is no index; name another folder with --output.")
@@ -177,7 +179,8 @@ def index(
         ids, texts = _corpus(corpus, id_column, text_column, title_column)
         say(f"encoding {len(texts):,} texts")
         vectors = encoder.encode_candidates(texts, progress=True)
-        name = str(Path(model).resolve()) if Path(model).is_dir() else model
+        local = Path(model).expanduser().is_dir() or (runs / model).is_dir()
+        name = str(model_folder(model, runs).resolve()) if local else model
         made = Index.build(vectors, ids, texts, factory=factory, model=name)
         made.save(output)
         print(f"{output}: {len(made):,} candidates, {made.dim} dimensions, {factory}")

@@ -23,11 +23,9 @@ from distill.errors import RunError, UserError
 WIDE = 160  # columns of a table that goes into a file or a pipe
 
 
-def print_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", text_columns: int = 1
-) -> None:
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> None:
     """Print a table on stdout; the first ``text_columns`` columns are words, the others numbers."""
-    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     for place, name in enumerate(header):
         table.add_column(Text(name), justify="left" if place < text_columns else "right", overflow="fold")
     for row in rows:

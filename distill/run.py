@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 
 from distill.build import Builder
 from distill.data.judged import Judged
-from distill.errors import RecipeError
+from distill.errors import DataError, RecipeError, RunError
 from distill.evaluation import Evaluation
 from distill.graph import DistillationGraph
 from distill.hub.files import atomic_write_text
@@ -203,7 +203,10 @@ class _Run:
             return None
         log.info("measuring %s on %s", name, self.measured[1])
         settings, bar = self.recipe.evaluate, sys.stderr.isatty()
-        return measure(model, self._judged(), settings, self._dev(), progress=bar)
+        try:
+            return measure(model, self._judged(), settings, self._dev(), progress=bar)
+        except DataError as error:  # the data was checked before, so it is the model
+            raise RunError(f"{name} cannot be measured: {error} Lower train.learning_rate.") from error
 
     def _judged(self) -> Judged:
         """The split that is measured."""

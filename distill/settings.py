@@ -79,6 +79,13 @@ class Recipe(_Strict):
             raise ValueError("the name becomes a folder below the runs; write one like `mine` or `text/mine`")
         return name
 
+    @field_validator("baseline", mode="before")
+    @classmethod
+    def _a_word_or_losses(cls, baseline: Any) -> Any:
+        if not isinstance(baseline, bool | dict):
+            raise ValueError("a baseline is true, false, or losses by name")
+        return baseline
+
     @model_validator(mode="after")
     def _something_to_train(self) -> Recipe:
         if not self.data:

@@ -23,6 +23,7 @@ log = logging.getLogger("distill")
 
 TEXTS_AT_ONCE = 4096
 PAIRS_AT_ONCE = 4096
+PLURAL = {"query": "queries", "candidate": "candidates", "pair": "pairs"}
 
 
 @dataclass
@@ -83,7 +84,7 @@ class TeacherMemory:
             if not wanted:
                 continue
             keys, parts = [], {f: [] for f in wanted.fields}
-            with tqdm(blocks, desc=f"{name}: {axis} by {axis}", disable=None, leave=False) as bar:
+            with tqdm(blocks, desc=f"{name}: {PLURAL[axis]}", disable=None, leave=False) as bar:
                 for key, batch in bar:
                     view = batch.to(node.device).view(*([c.key for c in columns] for columns in node.reads))
                     with self.graph.autocast():
@@ -96,7 +97,7 @@ class TeacherMemory:
                 order = torch.cat(keys).argsort()
                 said.keys[axis] = torch.cat(keys)[order]
                 said.values.update({f: torch.cat(part)[order] for f, part in parts.items()})
-                log.info("%s answered %d of axis %s", name, len(order), axis)
+                log.info("%s answered %s %s", name, f"{len(order):,}", PLURAL[axis])
         return said
 
     @staticmethod

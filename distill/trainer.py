@@ -27,7 +27,8 @@ from distill.checkpoint import (
     save_parameters,
 )
 from distill.data.source import Source
-from distill.errors import RecipeError, RunError
+from distill.errors import DataError, RecipeError, RunError
+from distill.evaluation import higher_is_better
 from distill.graph import DistillationGraph
 from distill.nn.precision import resolve_precision
 from distill.recipe import nearest
@@ -64,7 +65,7 @@ class Trainer:
         settings: The ``train`` section of a recipe.
         folder: Of the run; ``history.jsonl`` and ``checkpoints/`` are written there.
         evaluate: Measures the kept node on the dev split: metrics by name; None: no dev split.
-        select: The metric that decides which step is best; higher is better.
+        select: The metric that decides which step is best.
         steps: Optimiser steps in all; None follows the settings.
     """
 
@@ -177,7 +178,9 @@ class Trainer:
             for name, loss in self.graph(batch, done).items():
                 mean = loss.loss.sum() / divisors[name].clamp(min=1)
                 if not torch.isfinite(mean):
-                    raise RunError(self._not_finite(f"the loss of losses.{name} became {mean.item()}"))
+                    raise RunError(
+                        self._diverged(f"the loss of losses.{name} became {mean.item()}", p.step + 1)
+                    )
                 means[name] = means.get(name, 0) + mean.detach()
                 total = total + weights[name] * mean
             if isinstance(total, Tensor) and total.requires_grad:
@@ -189,9 +192,8 @@ class Trainer:
         limit = self.settings.clip if self.settings.clip is not None else math.inf
         norm = float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))
         if not math.isfinite(norm) and self.accelerator.scaler is None:  # a scaler skips the step by itself
-            raise RunError(
-                self._not_finite(f"the gradient of {self._culprit(weights, batches, done)} is not finite")
-            )
+            culprit = self._culprit(weights, batches, done)
+            raise RunError(self._diverged(f"the gradient of {culprit} is not finite", self.progress.step + 1))
         rate = self._rate(self.progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
@@ -223,9 +225,14 @@ class Trainer:
     def _measure(self) -> None:
         p = self.progress
         self.graph.eval()
-        metrics = dict(self.evaluate())
+        try:
+            metrics = dict(self.evaluate())
+        except DataError as error:  # the split was checked before, so it is the model that has diverged
+            raise RunError(self._diverged(f"the student cannot be measured: {error}", p.step)) from error
         self._record({f"dev/{name}": value for name, value in metrics.items()})
-        value = metrics[self.select or next(iter(metrics))]
+        name = self.select or next(iter(metrics))
+        value = metrics[name] if higher_is_better(name) else -metrics[name]
+        value = -math.inf if math.isnan(value) else value  # a correlation that is not defined
         if p.best is None or value > p.best:
             p.best, p.best_step, p.without_better, p.dev = value, p.step, 0, metrics
             self._best.mkdir(parents=True, exist_ok=True)
@@ -256,6 +263,8 @@ class Trainer:
 
     def _save(self) -> None:
         folder = self._checkpoints / f"step-{self.progress.step:08d}"
+        if not all(parameter.isfinite().all() for parameter in self.parameters.values()):
+            raise RunError(self._diverged("the parameters are not finite", self.progress.step))
         state = {"progress": vars(self.progress), "precision": self.precision}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
@@ -367,13 +376,13 @@ class Trainer:
             fused=True,
         )
 
-    def _not_finite(self, what: str) -> str:
+    def _diverged(self, what: str, step: int) -> str:
         kept = latest(self._checkpoints)
         where = (
             f"The checkpoint {kept} is the last good one." if kept else "No checkpoint was written before it."
         )
         return (
-            f"step {self.progress.step + 1}: {what}. {where} Lower train.learning_rate, or look at the "
+            f"step {step}: {what.rstrip('.')}. {where} Lower train.learning_rate, or look at the "
             f"arrow's temperature and its teacher's scores."
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
 
 from distill.errors import RecipeError
 from distill.hub.files import read_json
@@ -42,6 +43,8 @@ def resolve_checkpoint(spec: str | Path) -> str:
             return text
         folder = local_folder(text)
     check_checkpoint(folder)
+    for part in _parts(folder):
+        _check_weights(part)
     return str(folder)
 
 
@@ -84,6 +87,22 @@ def check_checkpoint(folder: str | Path) -> None:
             f"checkpoint {part} has no weights: neither {' nor '.join(WEIGHTS)} is there. "
             f"The folder was not saved, copied or downloaded whole, or its weights are not in safetensors."
         )
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse weights that are cut short: the header of each file says how long it must be."""
+    names = [WEIGHTS[0]]
+    if not (folder / WEIGHTS[0]).is_file():
+        names = sorted(set(read_json(folder / WEIGHTS[1]).get("weight_map", {}).values()))
+    for name in names:
+        try:
+            with safe_open(folder / name, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise RecipeError(
+                f"checkpoint {folder}: {name} cannot be read ({error}). It was not saved, copied or "
+                f"downloaded whole; do so again."
+            ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -3,8 +3,10 @@ import os
 import sys
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, RepoUrl
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import save_file
 
 from distill.errors import DataError, RecipeError, UserError
 from distill.hub import (
@@ -30,10 +32,10 @@ def write(folder, **files):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder that looks like an encoder of sentence-transformers; its weights are never opened here."""
+    """A folder that looks like an encoder of sentence-transformers; there are no weights in its file."""
     folder = tmp_path / "saved"
     write(folder, config={"model_type": "bert", "max_position_embeddings": 512})
-    (folder / "model.safetensors").touch()
+    save_file({}, folder / "model.safetensors")
     kinds = ["Transformer", "Pooling", "Normalize"]
     write(folder, modules=[entry(i, kind) for i, kind in enumerate(kinds)])
     return write(folder, **{"1_Pooling__config": {"pooling_mode": "cls"}, "sentence_bert_config": {}})
@@ -168,8 +170,22 @@ def test_a_folder_without_configuration_or_weights_is_refused(saved):
 
 
 def test_weights_in_several_files_count(saved):
-    (saved / "model.safetensors").rename(saved / "model.safetensors.index.json")
+    (saved / "model.safetensors").rename(saved / "model-1.safetensors")
+    write(saved, **{"model.safetensors.index": {"weight_map": {"a": "model-1.safetensors"}}})
     assert resolve_checkpoint(saved) == str(saved)
+    (saved / "model-1.safetensors").unlink()
+    with pytest.raises(RecipeError, match="model-1.safetensors cannot be read"):
+        resolve_checkpoint(saved)
+
+
+def test_weights_that_are_cut_short_are_refused_before_they_are_loaded(saved):
+    """Else the first to say so is the loading of a model, in the middle of a run."""
+    file = saved / "model.safetensors"
+    save_file({"a": torch.ones(100)}, file)
+    assert resolve_checkpoint(saved) == str(saved)
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(RecipeError, match="saved: model.safetensors cannot be read .*downloaded whole"):
+        resolve_checkpoint(saved)
 
 
 # what a folder says
