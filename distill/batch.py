@@ -82,11 +82,15 @@ class Ragged:
         lengths = torch.minimum(self.lengths, torch.as_tensor(length, device=self.offsets.device))
         return Ragged.of_lengths(self.values[_spread(self.offsets[:-1], lengths)], lengths)
 
-    def padded(self, fill: int | float) -> tuple[Tensor, Tensor]:
-        """Values [n, longest] with ``fill`` after each row's end, and the mask of what is real."""
-        longest = int(self.lengths.max()) if len(self) else 0
-        mask = torch.arange(longest, device=self.offsets.device) < self.lengths[:, None]
-        padded = self.values.new_full((len(self), longest), fill)
+    def padded(self, fill: int | float, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Values [n, length] with ``fill`` after each row's end, and the mask of what is real.
+
+        Without ``length`` it is that of the longest row.
+        """
+        if length is None:
+            length = int(self.lengths.max()) if len(self) else 0
+        mask = torch.arange(length, device=self.offsets.device) < self.lengths[:, None]
+        padded = self.values.new_full((len(self), length, *self.values.shape[1:]), fill)
         padded[mask] = self.values
         return padded, mask
 

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ class TextEncoder(nn.Module):
         return torch.cat(parts)[order.argsort()]
 
     def chunks(self, ids: Ragged, types: Ragged | None) -> Iterator[tuple[Tensor, object, Tensor]]:
-        """Rows, output and mask of each chunk, shortest texts first."""
+        """Rows, output and mask of each chunk, longest texts first."""
         device = next(self.backbone.parameters()).device
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
         backbone = self.backbone if learning or self.training else self._serving(device)
@@ -83,31 +82,37 @@ class TextEncoder(nn.Module):
             self._half = None  # the weights are about to change; a fused optimiser does not mark them
             words = self.backbone.get_input_embeddings()(ids.values.to(device))
             embedded = torch.cat([words, words.new_zeros(1, words.shape[-1])])  # the last row pads
-        for rows in self.cut(ids.lengths, budget):
+        for rows, length in self.cut(ids.lengths, budget):
             chunk = ids.select(rows)
-            padded, mask = chunk.to(device).padded(self.tokenizer.pad_id)
+            padded, mask = chunk.to(device).padded(self.tokenizer.pad_id, length)
             given = {"attention_mask": mask.long()}
             if embedded is None:
                 given["input_ids"] = padded.long()
             else:
                 places = Ragged(torch.arange(len(ids.values), dtype=torch.int64), ids.offsets).select(rows)
-                given["inputs_embeds"] = embedded[places.to(device).padded(len(ids.values))[0]]
+                given["inputs_embeds"] = embedded[places.to(device).padded(len(ids.values), length)[0]]
             if types is not None:
-                given["token_type_ids"] = types.select(rows).to(device).padded(0)[0].long()
+                given["token_type_ids"] = types.select(rows).to(device).padded(0, length)[0].long()
             yield rows.to(device), backbone(**given), mask
 
-    @staticmethod
-    def cut(lengths: Tensor, budget: int) -> list[Tensor]:
-        """Rows by length, cut where rows times longest would pass the budget; a single row always fits."""
-        order = torch.argsort(lengths, stable=True)
-        ends: list[int] = []
-        start = 0
-        for place, length in enumerate(lengths[order].tolist()):
-            if place > start and (place + 1 - start) * length > budget:
-                ends.append(place)
-                start = place
-        bounds = [0, *ends, len(order)] if len(order) else [0]
-        return [order[a:b] for a, b in pairwise(bounds)]
+    def cut(self, lengths: Tensor, budget: int) -> list[tuple[Tensor, int]]:
+        """Rows of each chunk, longest texts first, and the length they are padded to.
+
+        Lengths are rounded up to a multiple of 8 and every chunk of one length has as many rows, so that few
+        shapes occur: kernels are made once per shape, and memory fits when it is used again.
+        """
+        order = torch.argsort(lengths, stable=True, descending=True)
+        ordered = lengths[order].tolist()
+        most = position_limit(self.backbone.config.to_dict())
+        chunks, start = [], 0
+        while start < len(ordered):
+            length = max(-(-ordered[start] // 8) * 8, 8)
+            if most is not None:
+                length = max(min(length, most), ordered[start])
+            end = min(start + max(1, budget // length), len(ordered))
+            chunks.append((order[start:end], length))
+            start = end
+        return chunks
 
     def _serving(self, device: torch.device) -> nn.Module:
         """The weights to answer with when nothing is learnt: a bf16 copy where that is faster."""
