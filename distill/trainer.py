@@ -449,6 +449,8 @@ def _accelerator(settings: TrainSettings, folder: Path):
     from accelerate.state import AcceleratorState, PartialState
 
     precision = resolve_precision(settings.mixed_precision, PartialState().device)
+    if precision == "fp16" and PartialState().device.type == "cpu":
+        raise RecipeError("train.mixed_precision: fp16 needs a GPU; leave it at auto, which takes what is fast.")
     AcceleratorState._reset_state()  # a teacher trained before may have had another precision
     try:
         return Accelerator(
