@@ -450,7 +450,7 @@ def _accelerator(settings: TrainSettings, folder: Path):
 
     precision = resolve_precision(settings.mixed_precision, PartialState().device)
     if precision == "fp16" and PartialState().device.type == "cpu":
-        raise RecipeError("train.mixed_precision: fp16 needs a GPU; leave it at auto, which takes what is fast.")
+        raise RecipeError("train.mixed_precision: fp16 needs a GPU; leave it at auto, or take bf16.")
     AcceleratorState._reset_state()  # a teacher trained before may have had another precision
     try:
         return Accelerator(
