@@ -93,12 +93,22 @@ def test_segments_reach_the_transformer(family):
         assert (ours(ids, None, mean) - expected).abs().max() > 1e-3
 
 
-def test_cut_sorts_by_length_and_keeps_to_the_budget():
-    lengths = torch.tensor([5, 1, 9, 2, 5, 20, 1])
-    chunks = TextEncoder.cut(lengths, 10)
-    assert sorted(torch.cat(chunks).tolist()) == list(range(7))
-    assert [lengths[rows].tolist() for rows in chunks] == [[1, 1, 2], [5, 5], [9], [20]]
-    assert TextEncoder.cut(torch.tensor([], dtype=torch.int64), 10) == []
+def test_cut_makes_chunks_of_few_shapes_within_the_budget(family):
+    ours = encoder(family("bert"))
+    lengths = torch.tensor([5, 1, 9, 2, 5, 20, 1, 8, 8])
+    chunks = ours.cut(lengths, 24)
+    assert [(lengths[rows].tolist(), length) for rows, length in chunks] == [
+        ([20], 24),
+        ([9], 16),
+        ([8, 8, 5], 8),
+        ([5, 2, 1], 8),
+        ([1], 8),
+    ]
+    assert sorted(torch.cat([rows for rows, _ in chunks]).tolist()) == list(range(9))
+    assert ours.cut(torch.tensor([30]), 8)[0][1] == 32  # a single text always fits
+    most = ours.backbone.config.max_position_embeddings
+    assert ours.cut(torch.tensor([most - 1]), 8)[0][1] <= most
+    assert ours.cut(torch.tensor([], dtype=torch.int64), 10) == []
 
 
 def test_fewer_chunks_run_when_the_budget_is_larger(family, texts):
