@@ -1,0 +1,569 @@
+"""The command, from its arguments to exit code, messages and files; models and data are tiny."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill.cli import main
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+TOPICS = ["river water ship", "cell protein gene", "wing flow jet", "music book film", "cat dog bird"]
+DOCUMENTS = [{"_id": f"d{i}", "text": f"{TOPICS[i % 5]} number {i}"} for i in range(20)]
+QUERIES = [{"_id": f"q{i}", "text": f"what is {TOPICS[i % 5]} {i}"} for i in range(12)]
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def distill(*arguments: object) -> Done:
+    """What the command prints, and its exit code."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return Done(end.value.code, out.getvalue(), err.getvalue())
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def qrels(path: Path, rows: list[tuple[str, str, Any]]) -> str:
+    lines = ["query-id\tcorpus-id\tscore", *("\t".join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+class Workplace:
+    """A folder with data, checkpoints and recipes."""
+
+    def __init__(self, folder: Path, tiny_bert: Callable[..., Path]):
+        self.folder, self.runs = folder, folder / "runs"
+        self.encoder = tiny_bert(layers=1)
+        self.reranker = tiny_bert(layers=1, num_labels=1)
+        self.corpus = jsonl(folder / "corpus.jsonl", DOCUMENTS)
+        self.document = {
+            "name": "tiny",
+            "data": {
+                "type": "distill.data.Retrieval",
+                "corpus": self.corpus,
+                "queries": jsonl(folder / "queries.jsonl", QUERIES),
+                "qrels": qrels(folder / "train.tsv", [(f"q{i}", f"d{i}", 1) for i in range(8)]),
+                "test": qrels(folder / "test.tsv", [(f"q{i}", f"d{i}", 1) for i in range(8, 12)]),
+                "candidates": 3,
+                "negatives": [{"type": "distill.data.RandomNegatives", "count": 2}],
+            },
+            "models": {
+                "student": {"type": "students.BiEncoder", "checkpoint": str(self.encoder)},
+                "cross": {"type": "teachers.CrossEncoder", "checkpoint": str(self.reranker)},
+            },
+            "losses": {
+                "ranking": {"type": "distill.objectives.ScoreKL", "from": "cross", "to": "student"},
+                "labels": {"type": "distill.objectives.SampledSoftmax", "to": "student"},
+            },
+            "train": {"steps": 2, "batch_size": 4},
+            "evaluate": {"metrics": ["nDCG@10", "Recall@100"]},
+        }
+
+    def recipe(self, changes: dict[str, Any] | None = None) -> Path:
+        """The recipe with other values, by keys with dots; None takes a key out. JSON is YAML."""
+        document = json.loads(json.dumps(self.document))
+        for key, value in (changes or {}).items():
+            *path, last = key.split(".")
+            at = document
+            for part in path:
+                at = at[part]
+            if value is None:
+                del at[last]
+            else:
+                at[last] = value
+        path = self.folder / "recipe.yaml"
+        path.write_text(json.dumps(document))
+        return path
+
+    def __call__(self, command: str, *arguments: object) -> Done:
+        return distill(command, *arguments, "--runs", self.runs)
+
+
+@pytest.fixture
+def here(tmp_path, tiny_bert) -> Workplace:
+    return Workplace(tmp_path, tiny_bert)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_bert) -> tuple[Workplace, Done]:
+    """A run with a baseline and sample queries, to its end. Nobody may change it."""
+    place = Workplace(tmp_path_factory.mktemp("finished"), tiny_bert)
+    done = place("run", place.recipe({"baseline": True, "search": ["river [bold] water", "cat"]}))
+    return place, done
+
+
+# run
+
+
+def test_a_run_ends_with_one_table_the_folder_and_answers(finished):
+    place, done = finished
+    assert done.code == 0
+    rows = re.findall(
+        r"^  (cross|student|student without teachers) +(\S+) +(\S+) +(\S+) +(\S+) *$", done.out, re.M
+    )
+    assert [row[0] for row in rows] == ["cross", "student", "student without teachers"]
+    measured = json.loads((place.runs / "tiny/metrics.json").read_text())["models"]
+    for (_, ndcg, recall, size, speed), name in zip(rows, ("cross", "student", "baseline"), strict=True):
+        assert ndcg == f"{measured[name]['metrics']['nDCG@10']:.4f}"
+        assert recall == f"{measured[name]['metrics']['Recall@100']:.4f}"
+        assert float(size) == pytest.approx(measured[name]["size_mb"], abs=0.06)
+        assert (speed == "—") == (name == "cross")  # a cross-encoder cannot be indexed
+    assert str(place.runs / "tiny") in done.out
+    answers = done.out.partition("river [bold] water\n")[2]
+    assert re.match(r"(   [123]  -?\d\.\d{4}  d\d+  \S.*\n){3}cat\n", answers)
+
+
+def test_a_run_says_at_the_start_what_will_happen(finished):
+    said = finished[1].err
+    assert "train: 8 queries, 20 candidates, 8 pairs listed" in said
+    assert "student: students.BiEncoder, trained" in said
+    assert "cross: teachers.CrossEncoder, frozen" in said
+    assert "ranking: cross -> student, ScoreKL" in said
+    assert "2 steps of 4 queries" in said
+    assert "Loading weights" not in said and "Writing model shards" not in said
+
+
+def test_a_finished_run_prints_its_table_again_and_does_nothing_else(finished):
+    place, first = finished
+    before = (place.runs / "tiny/metrics.json").stat().st_mtime_ns
+    again = place("run", place.folder / "recipe.yaml")
+    assert (again.code, again.out) == (0, first.out)
+    assert "nothing is done again" in again.err
+    assert (place.runs / "tiny/metrics.json").stat().st_mtime_ns == before
+
+
+def test_the_table_is_left_as_markdown(finished):
+    text = (finished[0].runs / "tiny/results.md").read_text()
+    header, rule, *rows = text.splitlines()
+    assert header == "| model | nDCG@10 | Recall@100 | size in MB | queries/s |"
+    assert rule == "|:--|--:|--:|--:|--:|"
+    assert rows[2].startswith("| student without teachers | ")
+
+
+def test_another_recipe_under_the_name_of_a_run_needs_overwrite(here):
+    assert here("run", here.recipe({"evaluate": None})).code == 0
+    other = here.recipe({"evaluate": None, "train.steps": 3})
+    refused = here("run", other)
+    assert refused.code == 2
+    assert "another recipe (other: train)" in refused.err and "--overwrite" in refused.err
+    wrong = here.recipe({"evaluate": None, "train.steps": 3, "data.corpus": "nowhere.jsonl"})
+    assert here("run", wrong, "--overwrite").code == 2
+    assert (here.runs / "tiny/metrics.json").exists()  # a recipe that cannot run replaces nothing
+    here.recipe({"evaluate": None, "train.steps": 3})
+    assert here("run", other, "--overwrite").code == 0
+    assert json.loads((here.runs / "tiny/metrics.json").read_text())["steps"] == 3
+
+
+# check, and what is wrong with the input
+
+
+def test_check_says_what_a_run_will_do_and_cost(here):
+    done = here("check", here.recipe(), "train.steps=null", "train.epochs=3")
+    assert done.code == 0
+    assert re.search(r"data +train +8 +20 +8 +8 ", done.out)
+    assert re.search(r"cross +teachers.CrossEncoder +frozen +scores ", done.out)
+    assert re.search(r"ranking +cross -> student +ScoreKL +1.0", done.out)
+    assert "6 steps of 4 queries (3 epochs)" in done.out  # 8 queries, 4 at a time, 3 times
+    assert "cross is asked once about 8 pairs" in done.out
+    assert "cross is asked 24 pairs again each epoch" in done.out  # 8 queries with 3 candidates
+    assert not here.runs.exists()
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"trian": {}}, r"trian: there is no such key; .*Did you mean 'train'\?"),
+    ({"train.learning_rate": "fast"}, r"train.learning_rate: .*valid number.*'fast'"),
+    (
+        {"train.select": "MRR"},
+        r"train.select: 'MRR' is not measured; evaluate.metrics are nDCG@10, Recall@100",
+    ),
+    ({"train.learning_rates": {"studnet": 1}}, r"train.learning_rates: 'studnet'.* Did you mean 'student'\?"),
+    ({"models.student.type": "students.BiEncodre"}, r"models.student.type: .*Did you mean 'BiEncoder'\?"),
+    ({"models.student.type": "os.system"}, r"'os.system' is outside of .*--trust os"),
+    (
+        {"models.student.layer": 1},
+        r"models.student: BiEncoder has no argument 'layer'.*Did you mean 'layers'\?",
+    ),
+    ({"models.student.layers": "two"}, r"models.student.layers: it should be a valid integer, got 'two'"),
+    ({"models.student.train": "no"}, r"models.student.train: it should be true or false, got 'no'"),
+    (
+        {"models.student.encoder": {"ref": "cros.encoder"}},
+        r"no model 'cros' to refer to. Did you mean 'cross'\?",
+    ),
+    ({"models.student.encoder": {"ref": "cross.head"}}, r"'cross' does not share 'head'; it shares encoder"),
+    ({"losses.labels.temprature": 2}, r"losses.labels: .*'temprature'.*Did you mean 'temperature'\?"),
+    ({"losses.labels.temperature": -2}, r"losses.labels: temperature must be positive and finite, got -2"),
+    (
+        {"losses.ranking.from": "corss"},
+        r"losses.ranking.from: there is no model 'corss'. Did you mean 'cross'\?",
+    ),
+    (
+        {"losses.ranking.type": "distill.objectives.EmbeddingMatch"},
+        r"losses.ranking: EmbeddingMatch needs candidates, queries from the teacher, but 'cross' \(Cross",
+    ),
+    ({"keep": "studnet"}, r"keep: there is no model 'studnet' to keep. Did you mean 'student'\?"),
+    ({"models.student.train": False}, r"models.student: the node to keep must be trained"),
+    ({"evaluate.metrics": ["NDGC@10"]}, r"evaluate.metrics: 'NDGC@10' is not a ranking metric.*'nDCG@10'\?"),
+    (
+        {"evaluate.split": "tset"},
+        r"evaluate.split: no data set has a split 'tset'; there are data: train, test",
+    ),
+    ({"data.type": None}, r"data.type: this key is required"),
+    ({"data.candidates": "three"}, r"data.candidates: it should be a valid integer, got 'three'"),
+    ({"data.corpus": "nowhere.jsonl"}, r"corpus: there is no file or folder nowhere.jsonl"),
+    ({"search": ["a"], "evaluate": {}}, r"search: .*give evaluate.metrics too"),
+    ({"name": "../elsewhere"}, r"name: the name becomes a folder below the runs"),
+    ({"baseline": "maybe"}, r"baseline: a baseline is true, false, or losses by name, got 'maybe'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG, ids=lambda value: next(iter(value), "")[:40])
+def test_a_wrong_recipe_is_refused_before_any_work(here, changes, message):
+    done = here("run", here.recipe(changes))
+    assert done.code == 2
+    assert re.search(message, done.err), done.err
+    assert len(re.findall("^error: ", done.err, re.M)) == 1
+    assert "Traceback" not in done.err and done.out == ""
+    assert not here.runs.exists()
+
+
+def _missing_column(here: Workplace) -> dict[str, Any]:
+    return {"data.corpus": {"path": here.corpus, "columns": {"text": "txet"}}}
+
+
+def _empty_text(here: Workplace) -> dict[str, Any]:
+    return {"data.corpus": jsonl(here.folder / "empty.jsonl", [*DOCUMENTS, {"_id": "e", "text": " "}])}
+
+
+def _twice(here: Workplace) -> dict[str, Any]:
+    return {"data.corpus": jsonl(here.folder / "twice.jsonl", [*DOCUMENTS, DOCUMENTS[3]])}
+
+
+def _not_a_number(here: Workplace) -> dict[str, Any]:
+    return {"data.qrels": qrels(here.folder / "nan.tsv", [("q0", "d0", 1), ("q1", "d1", "nan")])}
+
+
+def _absent_document(here: Workplace) -> dict[str, Any]:
+    return {"data.qrels": qrels(here.folder / "absent.tsv", [("q0", "d0", 1), ("q1", "d99", 1)])}
+
+
+def _absent_query(here: Workplace) -> dict[str, Any]:
+    return {"data.test": qrels(here.folder / "absent.tsv", [("q0", "d0", 1), ("q99", "d1", 1)])}
+
+
+def _nothing_relevant(here: Workplace) -> dict[str, Any]:
+    return {"data.test": qrels(here.folder / "none.tsv", [("q8", "d8", 0)])}
+
+
+def _cut_table(here: Workplace) -> dict[str, Any]:
+    file = here.folder / "cut.parquet"
+    pq.write_table(pa.Table.from_pylist(DOCUMENTS), file)
+    file.write_bytes(file.read_bytes()[:-200])
+    return {"data.corpus": str(file)}
+
+
+def _no_weights(here: Workplace) -> dict[str, Any]:
+    folder = shutil.copytree(here.encoder, here.folder / "bare")
+    (folder / "model.safetensors").unlink()
+    return {"models.student.checkpoint": str(folder)}
+
+
+def _cut_weights(here: Workplace) -> dict[str, Any]:
+    folder = shutil.copytree(here.encoder, here.folder / "cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    return {"models.student.checkpoint": str(folder)}
+
+
+FILES = [
+    (_missing_column, r"corpus.jsonl: there is no column 'txet' \(for 'text'\).*Did you mean 'text'\?"),
+    (_empty_text, r"empty.jsonl, column 'text', row 20 .*: the document 'e' has no text"),
+    (_twice, r"twice.jsonl, column '_id', row 20 .*: the id 'd3' stands there for the second time"),
+    (_not_a_number, r"nan.tsv, column 'score', row 1 .*: 'nan' is not a finite number"),
+    (_absent_document, r"absent.tsv, column 'corpus-id', row 1 .*: no document has the id 'd99'"),
+    (_absent_query, r"absent.tsv, column 'query-id', row 1 .*: no query has the id 'q99'"),
+    (_nothing_relevant, r"none.tsv \(test\): no query has a relevant candidate"),
+    (_cut_table, r"cut.parquet: the file cannot be read as parquet .* may be cut short"),
+    (_no_weights, r"models.student: checkpoint .*bare has no weights"),
+    (_cut_weights, r"models.student: checkpoint .*cut: model.safetensors cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), FILES, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_bad_file_is_refused_by_its_name_before_any_work(here, spoil, message):
+    done = here("run", here.recipe(spoil(here)))
+    assert (done.code, done.out) == (2, "")
+    assert re.search(message, done.err), done.err
+    assert len(done.err.splitlines()) == 1
+    assert not here.runs.exists()
+
+
+def test_all_mistakes_of_the_file_are_told_at_once(here):
+    recipe = here.recipe({"foo": 1, "models.student.layer": 1, "losses.ranking.from": "corss", "keep": "me"})
+    done = here("check", recipe, "train.epoch=3")
+    assert done.code == 2
+    lines = done.err.splitlines()
+    expected = ("train.epoch:", "foo:", "models.student:", "losses.ranking.from:", "keep:")
+    assert len(lines) == len(expected)
+    assert all(any(key in line for line in lines) for key in expected)
+
+
+def test_all_mistakes_of_data_measures_and_graph_are_told_at_once(here):
+    changes = _twice(here) | _no_weights(here) | {"losses.labels.temperature": 0, "train.select": "MAP"}
+    done = here("check", here.recipe(changes))
+    assert done.code == 2
+    lines = done.err.splitlines()
+    expected = ("twice.jsonl", "models.student:", "losses.labels:", "train.select:")
+    assert len(lines) == len(expected)
+    assert all(any(key in line for line in lines) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\ndata: [\n", r"recipe.yaml, line 3: not valid YAML"),
+        ("name: x\nname: y\n", r'recipe.yaml, line 2: not valid YAML: found duplicate key "name"'),
+        ("- a\n", r"recipe.yaml must be a mapping with the keys name, data"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(here, text, message):
+    file = here.folder / "recipe.yaml"
+    file.write_text(text)
+    done = here("check", file)
+    assert done.code == 2 and re.search(message, done.err) and len(done.err.splitlines()) == 1
+
+
+def test_bad_usage_exits_with_2():
+    assert distill("chekc").code == 2
+    assert distill("check", "quickstart", "--trsut", "x").code == 2
+    wrong = distill("check", "quikstart")
+    assert wrong.code == 2 and "Did you mean 'quickstart'?" in wrong.err
+    assert distill("check", "quickstart", "epochs").code == 2
+
+
+# what goes wrong while it runs
+
+
+def test_a_type_of_a_strangers_package_needs_trust_and_a_loss_that_is_not_finite_is_named(here, monkeypatch):
+    (here.folder / "stranger.py").write_text(
+        "import torch\n"
+        "from distill.objectives import Objective\n"
+        "from distill.outputs import Needs\n"
+        "class Broken(Objective):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(student_needs=Needs('scores'))\n"
+        "    def count(self, batch):\n"
+        "        return torch.ones(len(batch.query_ids))\n"
+        "    def loss(self, student, teacher, batch):\n"
+        "        return student.scores.sum(dim=-1) * float('nan')\n"
+    )
+    monkeypatch.syspath_prepend(str(here.folder))
+    recipe = here.recipe({"losses.strange": {"type": "stranger.Broken", "to": "student"}})
+    refused = here("run", recipe)
+    assert refused.code == 2 and "pass --trust stranger" in refused.err
+    failed = here("run", recipe, "--trust", "stranger")
+    assert failed.code == 1
+    assert re.search(r"error: step 1: the loss of losses.strange became nan. No checkpoint", failed.err)
+
+
+def test_a_training_that_diverges_stops_and_says_so(here):
+    failed = here("run", here.recipe({"evaluate": None}), "train.learning_rate=1e30", "train.steps=20")
+    assert failed.code == 1
+    assert re.search(
+        r"error: step \d+: the loss of losses.\w+ became nan.*Lower train.learning_rate", failed.err
+    )
+    dev = str(here.folder / "test.tsv")  # where it is measured before the loss is nan
+    recipe = here.recipe({"data.dev": dev, "name": "measured", "train.evaluate_every": 0.5})
+    failed = here("run", recipe, "train.learning_rate=1e30")
+    assert failed.code == 1 and re.search(r"error: .*cannot be measured", failed.err)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_message(here):
+    (here.runs / "tiny").mkdir(parents=True)
+    (here.runs / "tiny/history.jsonl").symlink_to("/dev/full")
+    failed = here("run", here.recipe({"evaluate": None}))
+    assert failed.code == 1
+    assert failed.err.splitlines()[-1].startswith("error: the disk is full")
+
+
+def test_an_unexpected_error_is_one_line_and_debug_shows_where(here, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("the moon\nis full")
+
+    monkeypatch.setattr("distill.run.Runs.run", fail)
+    recipe = here.recipe()
+    assert here("run", recipe) == Done(1, "", "error: RuntimeError: the moon is full (--debug shows where)\n")
+    shown = here("run", recipe, "--debug")
+    assert shown.code == 1 and "Traceback" in shown.err and "in fail" in shown.err
+
+
+PATIENT = """
+import os, time
+from pathlib import Path
+import torch
+from distill.objectives import Objective
+from distill.outputs import Needs
+
+class Patient(Objective):
+    def __init__(self):
+        super().__init__(student_needs=Needs("scores"))
+        self.steps = 0
+
+    def count(self, batch):
+        return torch.ones(len(batch.query_ids))
+
+    def loss(self, student, teacher, batch):
+        self.steps += 1
+        if self.steps == 3 and "PATIENT" in os.environ:  # until the signal was sent
+            folder = Path(os.environ["PATIENT"])
+            (folder / "ready").touch()
+            while not (folder / "sent").exists():
+                time.sleep(0.01)
+        return (student.scores - 1).square().sum(dim=-1)
+"""
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_weights(here, tmp_path, monkeypatch):
+    """Started as users start it; what the interrupted run ends with is compared bit by bit."""
+    (tmp_path / "patient.py").write_text(PATIENT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    losses = {"patient": {"type": "patient.Patient", "to": "student"}}
+    train = {"steps": 7, "batch_size": 2, "log_every": 1}
+    models = {"student": here.document["models"]["student"]}
+    recipe = here.recipe({"evaluate": None, "train": train, "losses": losses, "models": models})
+    arguments = ["run", str(recipe), "--trust", "patient", "--runs"]
+    environment = {
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}",
+        "PATIENT": str(tmp_path),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-m", "distill", *arguments, str(here.runs)],
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while process.poll() is None and not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        (tmp_path / "sent").touch()
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode == 1, err
+    assert "interrupted: stopped after step 3 of 7; a checkpoint is saved. The same command goes on" in err
+    assert "Traceback" not in err
+
+    resumed = distill(*arguments, here.runs)
+    assert resumed.code == 0 and "going on from step 3 of 7" in resumed.err
+    assert distill(*arguments, tmp_path / "whole").code == 0
+    files = [folder / "tiny/student/model.safetensors" for folder in (here.runs, tmp_path / "whole")]
+    interrupted, whole = map(load_file, files)
+    assert interrupted.keys() == whole.keys()
+    assert all(torch.equal(interrupted[name], whole[name]) for name in whole)
+    history = (here.runs / "tiny/history.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in history.splitlines()] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_python_m_distill_has_the_exit_code_and_nothing_on_stdout(tmp_path):
+    command = [sys.executable, "-m", "distill", "check", "nowhere.yaml"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: there is no recipe file nowhere.yaml.\n"
+
+
+# list, evaluate, index, search
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("recipes", r"quickstart +A 2-layer"),
+        ("objectives", r"distill.objectives.ScoreKL +Teach the student to rank"),
+        ("models", r"teachers.CrossEncoder +A transformer over"),
+        ("data", r"distill.data.Retrieval +A corpus, queries, and judgements"),
+        ("metrics", r"nDCG@10 +\w+"),
+        ("runs", r"tiny +nDCG@10 \d\.\d{4}, Recall@100"),
+    ],
+)
+def test_list_says_one_line_each(finished, kind, line):
+    place, _ = finished
+    one = place("list", kind)
+    assert one.code == 0 and re.search(f"^{line}", one.out, re.M)
+    assert re.search(f"^{kind}:\n(  .*\n)*  {line}", place("list").out, re.M)
+
+
+def test_evaluate_measures_what_the_run_measured(finished):
+    place, _ = finished
+    recipe = place.folder / "recipe.yaml"
+    measured = json.loads((place.runs / "tiny/metrics.json").read_text())["models"]
+    for model, name in (("tiny", "student"), (place.reranker, "cross")):
+        done = place("evaluate", model, recipe, "--json")
+        assert done.code == 0
+        assert json.loads(done.out)["metrics"] == pytest.approx(measured[name]["metrics"], abs=1e-6)
+    table = place(
+        "evaluate", place.runs / "tiny/student", recipe, "--split", "train", "evaluate.metrics=[P@1]"
+    )
+    assert "train.tsv (train): exact search over all candidates, 8 queries" in table.out
+    assert re.search(r"model +P@1 +size in MB +queries/s", table.out)
+    assert place("evaluate", "tiny", recipe, "--split", "tset").code == 2
+    assert place("evaluate", "nowhere/model", recipe).code == 2
+
+
+def test_an_index_remembers_its_model_and_answers_queries(finished, monkeypatch, tmp_path):
+    place, _ = finished
+    index = tmp_path / "index"
+    made = place("index", "tiny", place.corpus, "--output", index)
+    assert made.code == 0 and "20 candidates, 32 dimensions, Flat" in made.out
+    one = place("search", index, DOCUMENTS[7]["text"], "-k", "2")
+    assert one.code == 0
+    assert re.match(
+        rf"{DOCUMENTS[7]['text']}\n   1  1\.00\d\d  d7  {DOCUMENTS[7]['text']}\n   2  .*\n$", one.out
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{DOCUMENTS[7]['text']}\n\ncat\n"))
+    several = place("search", index, "-k", "2")
+    assert several.out.startswith(one.out) and several.out.count("\n") == 6
+
+
+def test_what_cannot_be_indexed_or_searched_is_refused(finished, tmp_path, monkeypatch):
+    place, _ = finished
+    unable = place("index", place.reranker, place.corpus, "--output", tmp_path / "index")
+    assert unable.code == 2 and "cannot be indexed" in unable.err
+    precious = place("index", "tiny", place.corpus, "--output", place.folder)
+    assert precious.code == 2 and "is no index" in precious.err and Path(place.corpus).exists()
+    column = place("index", "tiny", place.corpus, "--output", tmp_path / "index", "--text-column", "txet")
+    assert column.code == 2 and "Did you mean 'text'?" in column.err
+    assert place("search", tmp_path / "nothing", "a").code == 2
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "no query" in place("search", place.runs / "tiny/index").err
