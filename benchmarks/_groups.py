@@ -36,7 +36,9 @@ class Groups:
 
     def at(self, rows: Sequence[int]) -> Groups:
         return Groups(
-            *([column[row] for row in rows] for column in (self.queries, self.candidates, self.scores))
+            [self.queries[row] for row in rows],
+            [self.candidates[row] for row in rows],
+            [self.scores[row] for row in rows],
         )
 
     def texts(self) -> list[str]:

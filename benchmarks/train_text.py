@@ -46,6 +46,7 @@ from torch import nn
 
 from distill.batch import Batch
 from distill.model import Model
+from distill.objectives.base import Loss
 from distill.outputs import Needs, Outputs
 
 RATE = 2e-5
@@ -96,7 +97,7 @@ class Run:
     @staticmethod
     def _mean(said: Any) -> torch.Tensor:
         """A scalar, or our summed losses and counts."""
-        return (said.loss.sum() / said.count.sum() if isinstance(said, tuple) else said).detach()
+        return (said.loss.sum() / said.count.sum() if isinstance(said, Loss) else said).detach()
 
     def _end(self) -> None:
         if len(self.ends) + 1 in (self.warm, self.steps):
@@ -248,13 +249,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     checkpoint = resolve_checkpoint(arguments.model)
     gpu = device.type == "cuda"
-    warm = 5 if gpu else 1
-    steps = warm + (
-        arguments.steps or {(False, False): 12, (False, True): 60, (True, False): 3}.get((quick, gpu), 20)
-    )
+    warm, timed = (5, 20 if quick else 60) if gpu else (1, 2 if quick else 12)
+    steps = warm + (arguments.steps or timed)
     data, groups = read_groups(steps * BATCH)
     setting = Setting(checkpoint, device, groups, in_order(groups, steps), warm, steps)
-    some = arguments.curve_steps or (3 if quick else 8)
+    some = arguments.curve_steps or (2 if quick else 8)
     started = time.perf_counter()
     peaks = Peak(device, seconds=0.3 if quick else 1.0)
     curves = compare_curves(Setting(checkpoint, device, groups, in_order(groups, some), 1, some))
