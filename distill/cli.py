@@ -27,7 +27,7 @@ app = typer.Typer(
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name of ours, or a YAML file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe, such as train.epochs=3."),
+    typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe, such as train.epochs=3."),
 ]
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="A run, a folder, package:NAME/FOLDER or a Hub name.")
