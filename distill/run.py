@@ -11,7 +11,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,13 @@ class Runs:
         folder: Each run is a folder below it, by the recipe's name.
         trusted: Packages that a recipe's ``type`` may name, besides ours.
         overwrite: Remove what a run of another recipe left under the same name.
+        asked_by: The recipes whose ``run:`` led here.
     """
 
     folder: Path = Path("runs")
     trusted: Collection[str] = ()
     overwrite: bool = False
+    asked_by: tuple[str, ...] = ()
 
     def load(self, spec: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """A recipe with overrides; all mistakes of its keys, types and names are in one error."""
@@ -108,23 +110,29 @@ class Runs:
 
     def model_of(self, name: str) -> Path:
         """The model that another recipe leaves; it is run first if no finished run is there."""
-        recipe = load_recipe(name)
+        runs, recipe = self._asked(name), load_recipe(name)
         folder = self.folder / recipe.name
         if not (folder / FINISHED).exists():
             log.info("%s is needed and not there yet: it is run first.", recipe.name)
-            self.run(recipe)
+            runs.run(recipe)
         return folder / recipe.keep
 
     def _configuration_of(self, name: str) -> str | Path:
         """A checkpoint of the same architecture as the model that another recipe leaves, or will leave."""
-        recipe = load_recipe(name)
+        runs, recipe = self._asked(name), load_recipe(name)
         folder = self.folder / recipe.name / recipe.keep
         if (folder / "config.json").exists() or (folder / "modules.json").exists():
             return folder
-        node = recipe.models.get(recipe.keep, {})
-        return self._builder(self._configuration_of).build(
-            node.get("checkpoint"), f"{name}: models.{recipe.keep}"
-        )
+        checkpoint = recipe.models.get(recipe.keep, {}).get("checkpoint")
+        builder = self._builder(runs._configuration_of)
+        return builder.build(checkpoint, f"{name}: models.{recipe.keep}")
+
+    def _asked(self, name: str) -> Runs:
+        """These runs, as a recipe sees them that asks for the model of another."""
+        if name in self.asked_by:
+            path = " -> ".join((*self.asked_by, name))
+            raise RecipeError(f"{path} need each other's models (`run:`), so none can be trained first.")
+        return replace(self, asked_by=(*self.asked_by, name))
 
     def _builder(self, run_folder: Callable[[str], str | Path] | None) -> Builder:
         return Builder(self.trusted, run_folder)
