@@ -1,6 +1,6 @@
 """Run recipes over seeds, keep the raw results as JSON, and write the table of recipes/README.md from them.
 
-    python benchmarks/recipes.py run text/wikiqa_student --seeds 1 2 3 models.student.layers=2
+    python benchmarks/recipes.py run text/wikiqa_student --set models.student.layers=[0,5]
     python benchmarks/recipes.py table
 
 Each run is an ordinary ``distill run`` under ``runs/``; its figures are copied to
@@ -90,15 +90,17 @@ def _spread(values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run")
     one.add_argument("recipe")
-    one.add_argument("overrides", nargs="*")
+    one.add_argument("--set", nargs="+", default=[], dest="overrides", help="key=value of the recipe")
     one.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     one.add_argument("--variant", default="", help="what to call these overrides in the table")
     commands.add_parser("table")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if arguments.command == "run":
         run(arguments.recipe, arguments.seeds, arguments.overrides, arguments.variant)

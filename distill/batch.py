@@ -45,15 +45,15 @@ class Ragged:
         [[9, 1, 2], [9, 3]]
         """
         n = next(len(piece) for piece in pieces if isinstance(piece, Ragged))
-        pieces = [
+        parts = [
             piece if isinstance(piece, Ragged) else cls(piece.repeat(n), torch.arange(n + 1) * len(piece))
             for piece in pieces
         ]
-        lengths = torch.stack([piece.lengths for piece in pieces])  # [pieces, n]
+        lengths = torch.stack([part.lengths for part in parts])  # [pieces, n]
         starts = lengths.cumsum(0) - lengths + (lengths.sum(0).cumsum(0) - lengths.sum(0))
-        values = pieces[0].values.new_empty(int(lengths.sum()))
-        for piece, start in zip(pieces, starts, strict=True):
-            values[_spread(start, piece.lengths)] = piece.values
+        values = parts[0].values.new_empty(int(lengths.sum()))
+        for part, start in zip(parts, starts, strict=True):
+            values[_spread(start, part.lengths)] = part.values
         return cls.of_lengths(values, lengths.sum(0))
 
     @classmethod
@@ -128,8 +128,8 @@ class Batch:
     labels: Tensor | None = None  # [B, N] float32, what the data says; None: the source has no labels
     draws: Tensor | None = None  # [P] int64, how often each candidate was drawn; None: once
     known_positives: Ragged | None = None  # candidate ids per query, in the batch or not
-    queries: Mapping[str, Column] = field(default_factory=dict)  # B rows each
-    candidates: Mapping[str, Column] = field(default_factory=dict)  # P rows each
+    queries: Mapping[str, Any] = field(default_factory=dict)  # name -> Column of B rows
+    candidates: Mapping[str, Any] = field(default_factory=dict)  # name -> Column of P rows
     source: str = ""  # the data set's name in the recipe
     stored: Mapping[str, Any] = field(default_factory=dict)  # node -> Outputs known beforehand
 
@@ -151,7 +151,7 @@ class Batch:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """B, N, P."""
-        return *self.index.shape, len(self.candidate_ids)  # type: ignore[return-value]
+        return self.index.shape[0], self.index.shape[1], len(self.candidate_ids)
 
     def view(self, query_columns: Iterable[str], candidate_columns: Iterable[str]) -> Batch:
         """The same batch with only the named columns: what a model did not ask for cannot reach it."""

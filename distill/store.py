@@ -83,7 +83,8 @@ class TeacherMemory:
             wanted = Needs(*(f for f in needs.fields if AXES[f] == axis))
             if not wanted:
                 continue
-            keys, parts = [], {f: [] for f in wanted.fields}
+            keys: list[Tensor] = []
+            parts: dict[str, list[Tensor]] = {f: [] for f in wanted.fields}
             with tqdm(blocks, desc=f"{name}: {PLURAL[axis]}", disable=None, leave=False) as bar:
                 for key, batch in bar:
                     view = batch.to(node.device).view(*([c.key for c in columns] for columns in node.reads))

@@ -223,6 +223,7 @@ class Trainer:
         return batch.to(self.accelerator.device)
 
     def _measure(self) -> None:
+        assert self.evaluate is not None
         p = self.progress
         self.graph.eval()
         try:
@@ -331,7 +332,8 @@ class Trainer:
             times.append((time.monotonic() - start) * self.settings.accumulate)
         torch.set_rng_state(state)
         each = sorted(times)[len(times) // 2] * 1.15  # the optimiser's own share
-        fits = max(1, int(self.settings.minutes * 60 / each))
+        minutes = self.settings.minutes or 0.0
+        fits = max(1, int(minutes * 60 / each))
         log.info(
             "a step takes %.2f s here: %d of %d steps fit into %g minutes",
             each, min(fits, p.steps), p.steps, self.settings.minutes,

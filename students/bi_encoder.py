@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +172,10 @@ class BiEncoder(Encoder):
         return Outputs(queries=vectors[: len(queries)], candidates=vectors[len(queries) :])
 
     def compare(self, outputs: Outputs, batch: Batch, needs: Needs) -> Outputs:
+        if not needs.fields & {"scores", "in_batch"}:
+            return outputs
         queries, candidates = outputs.queries, outputs.candidates
+        assert queries is not None and candidates is not None
         if "scores" in needs:
             listed = candidates[batch.index]  # [B, N, D]
             outputs = outputs.with_(scores=(listed * queries[:, None]).sum(dim=-1))
@@ -237,14 +240,14 @@ class BiEncoder(Encoder):
 class Tower(nn.Module):
     """From framed ids to vectors: transformer, pooling, dense layers, perhaps length 1."""
 
-    def __init__(self, encoder: TextEncoder, pooling: Pooling, normalize: bool, dense: Sequence[nn.Module]):
+    def __init__(self, encoder: TextEncoder, pooling: str, normalize: bool, dense: Sequence[nn.Module]):
         super().__init__()
         if pooling not in ("mean", "cls", "lasttoken"):
             raise ValueError(f"pooling must be mean, cls or lasttoken, got '{pooling}'.")
         self.encoder = encoder
         self.pooling = pooling
         self.normalize = normalize
-        self.dense = nn.Sequential(*dense)
+        self.dense: Any = nn.Sequential(*dense)
 
     @property
     def dim(self) -> int:
@@ -262,7 +265,7 @@ class Tower(nn.Module):
             return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
 
-def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """One vector per text: hidden [n, T, D], mask [n, T] with the padding on the right -> [n, D] float32."""
     if pooling == "cls":
         return hidden[:, 0].float()

@@ -86,7 +86,7 @@ class CrossEncoder(Model):
             keep_layers(backbone, layers)
         if activation_checkpointing:
             checkpoint_activations(backbone)
-        self.classes = backbone.config.num_labels
+        self.classes: int = backbone.config.num_labels
         self.max_length = max_length or min(layout.max_length or 512, 512)
         self.query_max_length = query_max_length
         self.precision = precision

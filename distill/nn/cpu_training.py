@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,13 +85,13 @@ _dropout = dropout  # `attention` must call its argument by the name that transf
 
 @cache
 def keep_memory() -> None:
-    """Let glibc keep the large blocks that activations live in, instead of asking for them page by page each step."""
+    """Let glibc keep the large blocks that activations live in, not ask for them page by page each step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks of up to 1 GiB come from the heap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose end is not handed back
 
 
-def prepare_for_cpu(backbone: nn.Module) -> None:
+def prepare_for_cpu(backbone: Any) -> None:
     """Put this attention and this dropout into a transformer, where its architecture lets one choose."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask

@@ -40,7 +40,7 @@ class TextEncoder(nn.Module):
     def __init__(self, backbone: nn.Module, tokenizer: TextTokenizer, chunk_tokens: int | None = None):
         super().__init__()
         prepare_for_cpu(backbone)
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.tokenizer = tokenizer
         self.chunk_tokens = chunk_tokens
         self._half: tuple[tuple[int, ...], nn.Module] | None = None
@@ -128,7 +128,7 @@ class TextEncoder(nn.Module):
         return self._half[1]
 
 
-def keep_layers(backbone: nn.Module, layers: int | Sequence[int]) -> None:
+def keep_layers(backbone: Any, layers: int | Sequence[int]) -> None:
     """Keep the first n, or the listed, layers of a transformer, in place; -1 is the last."""
     config = backbone.config
     total = config.num_hidden_layers
@@ -154,7 +154,7 @@ def keep_layers(backbone: nn.Module, layers: int | Sequence[int]) -> None:
     for place, layer in enumerate(kept):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):  # its place in a cache
-                module.layer_idx = place
+                module.layer_idx = place  # type: ignore[assignment]
     setattr(parent, name, kept)
     config.num_hidden_layers = len(wanted)
     if getattr(config, "layer_types", None):
@@ -168,7 +168,7 @@ def keep_layers(backbone: nn.Module, layers: int | Sequence[int]) -> None:
         )
 
 
-def checkpoint_activations(backbone: nn.Module) -> None:
+def checkpoint_activations(backbone: Any) -> None:
     """Let a transformer compute its activations again in the backward, by the name its release has for it."""
     enable = (
         getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
@@ -189,7 +189,7 @@ def without_weights() -> Iterator[None]:
         _WITHOUT_WEIGHTS.reset(token)
 
 
-def load_backbone(auto_class: Any, checkpoint: str | Path, **arguments) -> nn.Module:
+def load_backbone(auto_class: Any, checkpoint: str | Path, **arguments) -> Any:
     """A ``transformers`` model in float32, without its loading report; remote code is never run."""
     from transformers import AutoConfig
     from transformers.utils import logging

@@ -65,7 +65,9 @@ def test_padded_fills_on_the_right_and_says_what_is_real(rows):
 @fast
 @given(st.lists(ROWS, min_size=1, max_size=3))
 def test_stack_appends_rows(parts):
-    assert Ragged.stack([Ragged.of(part) for part in parts]).tolist() == [row for part in parts for row in part]
+    assert Ragged.stack([Ragged.of(part) for part in parts]).tolist() == [
+        row for part in parts for row in part
+    ]
 
 
 def test_dtype_is_kept_through_every_operation():

@@ -159,13 +159,13 @@ def test_a_hub_name_that_cannot_be_had_is_refused(monkeypatch):
 
 def test_a_folder_without_configuration_or_weights_is_refused(saved):
     (saved / "model.safetensors").unlink()
-    with pytest.raises(RecipeError, match="saved has no weights"):
+    with pytest.raises(RecipeError, match=r"saved has no weights"):
         resolve_checkpoint(saved)
     (saved / "pytorch_model.bin").touch()
-    with pytest.raises(RecipeError, match="only in pytorch_model.bin.*save_pretrained"):
+    with pytest.raises(RecipeError, match=r"only in pytorch_model.bin.*save_pretrained"):
         resolve_checkpoint(saved)
     (saved / "config.json").unlink()
-    with pytest.raises(RecipeError, match="saved has no config.json"):
+    with pytest.raises(RecipeError, match=r"saved has no config.json"):
         resolve_checkpoint(saved)
 
 
@@ -174,7 +174,7 @@ def test_weights_in_several_files_count(saved):
     write(saved, **{"model.safetensors.index": {"weight_map": {"a": "model-1.safetensors"}}})
     assert resolve_checkpoint(saved) == str(saved)
     (saved / "model-1.safetensors").unlink()
-    with pytest.raises(RecipeError, match="model-1.safetensors cannot be read"):
+    with pytest.raises(RecipeError, match=r"model-1.safetensors cannot be read"):
         resolve_checkpoint(saved)
 
 
@@ -184,7 +184,7 @@ def test_weights_that_are_cut_short_are_refused_before_they_are_loaded(saved):
     save_file({"a": torch.ones(100)}, file)
     assert resolve_checkpoint(saved) == str(saved)
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(RecipeError, match="saved: model.safetensors cannot be read .*downloaded whole"):
+    with pytest.raises(RecipeError, match=r"saved: model.safetensors cannot be read .*downloaded whole"):
         resolve_checkpoint(saved)
 
 
@@ -269,7 +269,7 @@ def test_lower_casing_that_the_tokenizer_does_is_no_obstacle(saved):
 
 def test_broken_json_is_named(saved):
     (saved / "modules.json").write_text('[{"idx": 0,')
-    with pytest.raises(DataError, match="modules.json is not valid JSON"):
+    with pytest.raises(DataError, match=r"modules.json is not valid JSON"):
         read_encoder(saved)
 
 
@@ -410,6 +410,6 @@ def test_what_cannot_be_pushed_is_told(saved, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="'a/b/c' is not a name"):
         push_to_hub(saved, "a/b/c", token="t")
     monkeypatch.setattr(card, "HfApi", Refuses)
-    with pytest.raises(UserError, match="could not be pushed to me/student: 401.*hf auth login"):
+    with pytest.raises(UserError, match=r"could not be pushed to me/student: 401.*hf auth login"):
         push_to_hub(saved, "me/student")
     assert issubclass(HfHubHTTPError, OSError)  # so that every refusal of the Hub is told so

@@ -147,7 +147,7 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path):
     ):
         Index.load(folder)
     (folder / "candidates.parquet").unlink()
-    with pytest.raises(DataError, match="candidates.parquet missing"):
+    with pytest.raises(DataError, match=r"candidates.parquet missing"):
         Index.load(folder)
 
 

@@ -78,7 +78,8 @@ def tokenizer(name: str):
     segments = ["token_type_ids"] if name == "bert" else []
     return PreTrainedTokenizerFast(
         tokenizer_object=raw,
-        bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>",
+        pad_token="<pad>", unk_token="<unk>",
         model_input_names=["input_ids", *segments, "attention_mask"],
         model_max_length=32,
     )  # fmt: skip
