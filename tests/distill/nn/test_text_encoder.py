@@ -192,12 +192,9 @@ def test_bf16_keeps_the_direction_of_a_real_encoders_vectors(minilm, bf16):
 # making a transformer
 
 
-@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("layers", "kept"), [(2, [0, 1]), ([0, -1], [0, 2]), ([2, 0], [2, 0])])
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "qwen2"])
 def test_keep_layers_leaves_the_chosen_ones_in_order(name, layers, kept, family, texts, tmp_path):
-    if name == "modernbert" and kept[0] != 0:
-        pytest.skip("refused, see below")
-
     def stack(model):
         (found,) = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
         return [next(layer.parameters()) for layer in found]
@@ -219,6 +216,14 @@ def test_keep_layers_leaves_the_chosen_ones_in_order(name, layers, kept, family,
 def test_layers_that_are_not_there_are_refused(family, layers):
     with pytest.raises(RecipeError, match=r"layers: .* cannot be kept, the checkpoint has 3 layers"):
         keep_layers(load_backbone(AutoModel, family("bert")), layers)
+
+
+def test_layers_of_two_kinds_keep_their_kind(family):
+    backbone = load_backbone(AutoModel, family("modernbert"))
+    kinds = [layer.attention_type for layer in backbone.layers]
+    assert len(set(kinds)) == 2
+    keep_layers(backbone, [0, 2])
+    assert backbone.config.layer_types == [kinds[0], kinds[2]]
 
 
 @pytest.mark.parametrize("layers", [[1, 2], [2, 0]])
