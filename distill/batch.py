@@ -44,9 +44,12 @@ class Ragged:
         >>> Ragged.join([torch.tensor([9]), Ragged.of([[1, 2], [3]])]).tolist()
         [[9, 1, 2], [9, 3]]
         """
-        n = next(len(piece) for piece in pieces if isinstance(piece, Ragged))
+        offsets = next(piece.offsets for piece in pieces if isinstance(piece, Ragged))
+        n, device = len(offsets) - 1, offsets.device
         parts = [
-            piece if isinstance(piece, Ragged) else cls(piece.repeat(n), torch.arange(n + 1) * len(piece))
+            piece
+            if isinstance(piece, Ragged)
+            else cls(piece.to(device).repeat(n), torch.arange(n + 1, device=device) * len(piece))
             for piece in pieces
         ]
         lengths = torch.stack([part.lengths for part in parts])  # [pieces, n]

@@ -89,7 +89,8 @@ class TextEncoder(nn.Module):
             if embedded is None:
                 given["input_ids"] = padded.long()
             else:
-                places = Ragged(torch.arange(len(ids.values), dtype=torch.int64), ids.offsets).select(rows)
+                every = torch.arange(len(ids.values), device=ids.values.device)
+                places = Ragged(every, ids.offsets).select(rows)
                 given["inputs_embeds"] = embedded[places.to(device).padded(len(ids.values), length)[0]]
             if types is not None:
                 given["token_type_ids"] = types.select(rows).to(device).padded(0, length)[0].long()

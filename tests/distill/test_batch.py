@@ -41,6 +41,25 @@ def test_join_puts_the_pieces_of_each_row_one_after_the_other(n, data):
     assert joined.tolist() == [same + a + same + b for a, b in zip(first, second, strict=True)]
 
 
+def test_the_parts_of_a_ragged_stay_on_its_device():
+    """Constants and ranges made on another device would stop a training on a GPU at its first batch."""
+    one, texts = torch.tensor([9]), Ragged.of([[1, 2], [3]])
+    with torch.device("meta"):  # whatever is made without asking for a device lands there, and cannot mix
+        joined = Ragged.join([one, texts, one])
+        cut = joined.truncate(2).select(torch.tensor([1, 0], device="cpu"))
+        mask = cut.padded(0)[1]
+    assert joined.tolist() == [[9, 1, 2, 9], [9, 3, 9]]
+    assert cut.tolist() == [[9, 3], [9, 1]]
+    assert mask.all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_constant_of_the_cpu_joins_texts_on_a_gpu():
+    joined = Ragged.join([torch.tensor([9]), Ragged.of([[1, 2], [3]]).to("cuda")])
+    assert joined.values.device.type == joined.offsets.device.type == "cuda"
+    assert joined.tolist() == [[9, 1, 2], [9, 3]]
+
+
 @fast
 @given(ROWS, st.data())
 def test_truncate_takes_one_limit_or_one_per_row(rows, data):
