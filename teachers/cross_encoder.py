@@ -50,8 +50,6 @@ class CrossEncoder(Model):
         Nogueira and Cho, 2019. Passage Re-ranking with BERT. arXiv:1901.04085
     """
 
-    shares = frozenset({"encoder"})
-
     def __init__(
         self,
         checkpoint: str | Path,

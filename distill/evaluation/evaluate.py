@@ -174,7 +174,7 @@ def _evaluate_pairs(
         }
     )
     if "Accuracy" in metrics:
-        per_query["Accuracy"] = ((scores >= threshold) == (labels > 0)).astype(float)
+        per_query["Accuracy"] = ((scores.astype(np.float64) >= threshold) == (labels > 0)).astype(float)
     return Evaluation(judged.name, "pairs", "a score per pair", means, per_query, len(scores), {}, threshold)
 
 

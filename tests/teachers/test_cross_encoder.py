@@ -181,3 +181,8 @@ def test_it_learns_and_activation_checkpointing_gives_equal_gradients(tiny_bert)
 def test_both_sides_read_one_column(tiny_bert):
     (queries,), (candidates,) = CrossEncoder(tiny_bert(num_labels=1)).reads
     assert queries.key == candidates.key
+
+
+def test_its_encoder_with_a_head_is_not_offered_for_sharing():
+    """A bi-encoder over it would find no hidden states, at the first batch."""
+    assert CrossEncoder.shares == frozenset()

@@ -2,6 +2,7 @@ import json
 import math
 import os
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -242,3 +243,17 @@ def test_on_a_real_collection_the_search_equals_bm25_of_everything_re_ranked(dat
     reranked = evaluate_model(alone, split, ["nDCG@10", "MAP"], rerank=len(corpus))
     pd.testing.assert_frame_equal(searched.per_query, reranked.per_query)
     assert 0 < searched.means["MAP"] < 1
+
+
+def test_a_threshold_between_neighbouring_scores_decides_each_pair_as_the_mean_does():
+    """Halfway between two neighbours of float32 there is none: compared as such, it would be one of them."""
+    low = np.nextafter(np.float32(0.1), np.float32(1))
+    scores = {"a": float(low), "b": float(np.nextafter(low, np.float32(1)))}
+
+    class Table:
+        def score_pairs(self, queries, candidates):
+            return torch.tensor([scores[text] for text in candidates])
+
+    split = judged("pairs", ["x", "y"], ["a", "b"], [[0], [1]], [0, 1])
+    result = evaluate_model(Table(), split, ["Accuracy"], threshold_from=split)
+    assert result.means["Accuracy"] == result.per_query["Accuracy"].mean() == 1.0
