@@ -35,7 +35,9 @@ def run(recipe: str, seeds: list[int], overrides: list[str], variant: str) -> No
             "variant": variant,
             "overrides": overrides,
             "seed": seed,
-            "command": " ".join(["distill run", recipe, *overrides, f"train.seed={seed}"]),
+            "command": " ".join(
+                ["distill run", recipe, *overrides, f"train.seed={seed}", f"name='{name}/seed{seed}'"]
+            ),
             "environment": environment(),
             **{key: metrics[key] for key in ("keep", "steps", "best_step", "dev", "models")},
         }

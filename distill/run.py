@@ -37,7 +37,7 @@ from distill.plan import (
     split_to_measure,
 )
 from distill.recipe import load_recipe, read_yaml
-from distill.settings import Recipe
+from distill.settings import Recipe, TrainSettings
 from distill.trainer import Progress, Trainer
 
 log = logging.getLogger("distill")
@@ -115,6 +115,12 @@ class Runs:
         if not (folder / FINISHED).exists():
             log.info("%s is needed and not there yet: it is run first.", recipe.name)
             runs.run(recipe)
+        elif changed := self._changed(recipe, folder):
+            log.warning(
+                "%s was run with another recipe than %s is now (other: %s); its model is used as it is. "
+                "`distill run %s --overwrite` makes it anew.",
+                folder, name, ", ".join(changed), name,
+            )  # fmt: skip
         return folder / recipe.keep
 
     def _configuration_of(self, name: str) -> str | Path:
@@ -156,7 +162,7 @@ class _Run:
     def run(self) -> None:
         recipe = self.recipe
         graph = self.builder.graph(recipe)
-        progress = self._train(graph, self.folder)
+        progress = self._train(graph, self.folder, recipe.train)
         graph.nodes[recipe.keep].save_pretrained(self.folder / recipe.keep)
         for name in sorted(graph.trained - {recipe.keep}):
             graph.nodes[name].save_pretrained(self.folder / "teachers" / name)
@@ -172,7 +178,9 @@ class _Run:
                 "the same %s without teachers: same data, seed and %d steps", recipe.keep, progress.steps
             )
             alone = self.builder.graph(recipe, losses)
-            self._train(alone, self.folder / "baseline", steps=progress.steps)
+            rate = recipe.baseline_learning_rate or recipe.train.learning_rate
+            settings = recipe.train.model_copy(update={"learning_rate": rate})
+            self._train(alone, self.folder / "baseline", settings, progress.steps)
             models["baseline"] = alone.nodes[recipe.keep]
             models["baseline"].save_pretrained(self.folder / "baseline" / recipe.keep)
             evaluations["baseline"] = self._evaluate("the student without teachers", models["baseline"])
@@ -180,7 +188,9 @@ class _Run:
             self._index(graph.nodes[recipe.keep])
         self._write(models, evaluations, progress)
 
-    def _train(self, graph: DistillationGraph, folder: Path, steps: int | None = None) -> Progress:
+    def _train(
+        self, graph: DistillationGraph, folder: Path, settings: TrainSettings, steps: int | None = None
+    ) -> Progress:
         """Train a graph on the data sets that any of its arrows hears."""
         recipe = self.recipe
         heard = heard_by(graph, self.data)
@@ -192,7 +202,7 @@ class _Run:
         trainer = Trainer(
             graph,
             source,
-            recipe.train,
+            settings,
             folder,
             evaluate=(lambda: measure(graph.nodes[recipe.keep], dev, recipe.evaluate, dev).means)
             if dev and metrics

@@ -38,7 +38,7 @@ class TrainSettings(_Strict):
     evaluate_every: Annotated[float, Field(gt=0)] | None = 1.0  # epochs; null: never
     select: str | None = None  # metric on dev; null: the first of evaluate.metrics
     patience: Annotated[int, Field(gt=0)] | None = None  # evaluations without a better one before it stops
-    checkpoint_every: Annotated[int, Field(gt=0)] | None = None  # steps; null: at each evaluation
+    checkpoint_every: Annotated[int, Field(gt=0)] | None = None  # steps; null: each evaluation, or 5 minutes
     log_every: Annotated[int, Field(gt=0)] = 10  # steps
     trackers: list[str] = []  # of Accelerate: tensorboard, wandb, ...
     deterministic: bool = False
@@ -59,7 +59,8 @@ class Recipe(_Strict):
 
     ``models`` and ``losses`` are kept as data; ``build.py`` turns them into objects. ``baseline`` gives the
     losses of the same student trained without teachers, on the same data, steps and seed; ``true`` takes
-    the recipe's own losses that start at the labels.
+    the recipe's own losses that start at the labels. It may have a learning rate of its own, so that it is
+    not measured at one that suits its teachers better.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Recipe(_Strict):
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     baseline: bool | dict[str, dict[str, Any]] = False
+    baseline_learning_rate: Annotated[float, Field(gt=0)] | None = None  # null: train.learning_rate
     keep: str = "student"
     search: list[str] = []  # sample queries answered from an index of the test candidates at the end
 

@@ -37,6 +37,8 @@ from distill.store import TeacherMemory, text_sources
 
 log = logging.getLogger("distill")
 
+SECONDS_BETWEEN_CHECKPOINTS = 300.0  # at most, where a recipe does not say
+
 
 @dataclass
 class Progress:
@@ -87,8 +89,7 @@ class Trainer:
         self.select = select
         self.accelerator = _accelerator(settings, self.folder)
         self.precision = self.accelerator.mixed_precision
-        if settings.deterministic:
-            torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(settings.deterministic)
         graph.to(self.accelerator.device)
         graph.autocast = self.accelerator.autocast
         self.parameters = graph.trainable()
@@ -138,6 +139,7 @@ class Trainer:
         every = max(1, round(epoch * (self.settings.evaluate_every or math.inf))) if self.evaluate else 0
         said: dict[str, Tensor] = {}
         tokens, since = 0, time.monotonic()
+        saved = since
         while p.step < p.steps and not p.stopped:
             losses, norm, read = self._step()
             tokens += read
@@ -153,9 +155,11 @@ class Trainer:
             if measured:
                 self._measure()
             wanted = self.settings.checkpoint_every
-            due = measured if wanted is None else p.step % wanted == 0
+            late = time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
+            due = measured or late if wanted is None else p.step % wanted == 0
             if due or self._interrupted.is_set() or p.stopped or p.step == p.steps:
                 self._save()
+                saved = time.monotonic()
             if self._interrupted.is_set():
                 raise KeyboardInterrupt(f"stopped after step {p.step} of {p.steps}; a checkpoint is saved")
 
@@ -431,7 +435,7 @@ class _Bar:
         from tqdm import tqdm
 
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
-        self._every, self._steps, self._start = max(1, steps // 20), steps, time.monotonic()
+        self._every, self._steps = max(1, steps // 20), steps
 
     def update(self, step: int, losses: Mapping[str, Tensor]) -> None:
         self._bar.update(1)

@@ -13,11 +13,6 @@ import xxhash
 from distill.errors import DataError
 
 
-def cache_folder() -> Path:
-    """The folder named by DISTILL_CACHE, else ``~/.cache/distill``."""
-    return Path(os.environ.get("DISTILL_CACHE") or Path.home() / ".cache" / "distill").expanduser()
-
-
 def content_hash(parts: Iterable[str]) -> str:
     """A hash of a sequence of strings, and of where one ends and the next begins.
 

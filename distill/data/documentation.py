@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 import torch
 
 from distill.batch import Ragged
-from distill.data.cache import cache_folder, replacing, unit_hash
+from distill.data.cache import replacing, unit_hash
 from distill.data.judged import Judged, TextTable
 from distill.data.text_data import TextData
 from distill.errors import DataError
+from distill.paths import cache_folder
 
 logger = logging.getLogger(__name__)
 

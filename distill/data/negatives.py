@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data.cache import cache_folder, content_hash, replacing
+from distill.data.cache import content_hash, replacing
 from distill.data.judged import Judged
+from distill.paths import cache_folder
 
 # Chinese and Japanese characters one by one, else words of two letters or more
 WORDS = r"(?u)[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]{2,}"

@@ -11,7 +11,8 @@ import torch
 import xxhash
 
 from distill.batch import Ragged
-from distill.data.cache import cache_folder, content_hash, replacing
+from distill.data.cache import content_hash, replacing
+from distill.paths import cache_folder
 
 logger = logging.getLogger(__name__)
 CHUNK = 20_000  # texts encoded at a time: their ids are Python lists until they are packed

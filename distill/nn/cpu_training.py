@@ -55,7 +55,10 @@ def attention(
     scaling: float | None = None,
     **others,
 ) -> tuple[Tensor, None]:
-    """An attention of ``transformers``: query, key, value [n, H, T, D] to [n, T, H, D]; a boolean mask."""
+    """An attention of ``transformers``: query, key, value [n, H, T, D] to [n, T, H, D].
+
+    The mask is boolean, [n, 1, 1 or T, T].
+    """
     plain = query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad
     causal = attention_mask is None and getattr(module, "is_causal", False)  # said by no mask
     special = causal or any(
@@ -80,6 +83,18 @@ def attention(
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
+def padding_mask(batch_size: int, q_length: int, kv_length: int, **others) -> Tensor | None:
+    """A mask of ``transformers`` that stays [n, 1, 1, T] where padding alone is hidden, not [n, 1, T, T]."""
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+    real = others.get("attention_mask")
+    simple = others.get("mask_function") is bidirectional_mask_function and real is not None
+    if simple and real.shape == (batch_size, kv_length):
+        real = real.bool()
+        return None if real.device.type == "cpu" and real.all() else real[:, None, None, :]
+    return sdpa_mask(batch_size, q_length, kv_length, **others)
+
+
 _dropout = dropout  # `attention` must call its argument by the name that transformers gives it
 
 
@@ -94,11 +109,11 @@ def keep_memory() -> None:
 def prepare_for_cpu(backbone: Any) -> None:
     """Put this attention and this dropout into a transformer, where its architecture lets one choose."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface
 
     if backbone.config._attn_implementation == "sdpa" and not getattr(backbone.config, "is_decoder", False):
         AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
+        AttentionMaskInterface.register(NAME, padding_mask)
         backbone.set_attn_implementation(NAME)
     keep_memory()
     for parent in list(backbone.modules()):

@@ -220,6 +220,13 @@ def test_the_baseline_differs_by_its_teachers_alone(finished):
     assert all(torch.equal(baseline.first[name], weight) for name, weight in student.first.items())
 
 
+def test_the_baseline_may_have_a_learning_rate_of_its_own(small, tmp_path, trainings):
+    recipe = small(name="x", baseline=True)
+    Runs(tmp_path).run(recipe.model_copy(update={"baseline_learning_rate": 3.0e-5}))
+    student, baseline = (seen.settings.learning_rate for seen in trainings)
+    assert (student, baseline) == (recipe.train.learning_rate, 3.0e-5)
+
+
 def test_a_run_is_a_function_of_its_recipe(small, tmp_path):
     """Equal files from equal recipes, another model from another seed."""
     weights = []
@@ -318,6 +325,18 @@ def test_the_model_of_another_recipe_is_trained_first_and_once(small, tiny_bert,
         for path in (tmp_path / "runs" / "cross", folder)
     ]
     assert metrics[0]["cross"]["metrics"] == pytest.approx(metrics[1]["cross"]["metrics"])
+
+
+def test_a_teacher_whose_recipe_has_changed_since_is_used_and_said(small, tiny_bert, tmp_path, caplog):
+    """The student would otherwise hear an old teacher without a word."""
+    node = {"type": "students.BiEncoder", "checkpoint": str(tiny_bert()), "layers": 1}
+    runs, path = Runs(tmp_path / "runs"), tmp_path / "bi.yaml"
+    taught = {"type": "distill.objectives.ScoreKL", "from": "bi", "to": "student"}
+    bi = {"type": "students.BiEncoder", "checkpoint": {"run": str(path)}}
+    for name, rate in (("one", 1.0e-3), ("two", 1.0e-4)):
+        written(small(name="bi", models={"student": node}, train__learning_rate=rate), path)
+        runs.run(small(name=name, models__bi=bi, losses__scores=taught))
+        assert ("(other: train)" in caplog.text) == (name == "two")
 
 
 def test_recipes_that_need_each_other_are_refused(small, tmp_path):
