@@ -96,7 +96,7 @@ class Plan:
 
     def _costs(self, name: str, source: TextSource, where: str) -> Iterator[str]:
         node, apart = self.graph.nodes[name], isinstance(self.graph.nodes[name], Encoder)
-        queries, listed = len(source.queries), len(source.queries) * source.width
+        queries, listed = len(source.query_rows), len(source.query_rows) * source.width
         texts = len(source.candidate_rows) if not queries else listed
         q, c = (_mean_ids(table, columns, node) for table, columns in _sides(node, source))
         if name in self.graph.trained:
@@ -109,7 +109,7 @@ class Plan:
             ids = queries * q + len(source.candidate_rows) * c
             yield f"{where}{name} is asked once about {once:,} texts, about {ids:,.0f} ids"
         else:
-            pairs = len(source.lists.rows.values)
+            pairs = int(source.lists.rows.lengths[source.query_rows].sum())
             yield f"{where}{name} is asked once about {pairs:,} pairs, about {pairs * (q + c):,.0f} ids"
             if source.negatives:
                 yield f"{where}{name} is asked {listed:,} pairs again each epoch, as negatives are drawn anew"

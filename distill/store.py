@@ -116,10 +116,11 @@ class TeacherMemory:
     @staticmethod
     def _pair_blocks(source: TextSource) -> Iterator[tuple[Tensor, Batch]]:
         """Queries in order with all they list, about ``PAIRS_AT_ONCE`` pairs a block."""
-        lengths = source.lists.rows.lengths
+        asked = source.query_rows
+        lengths = source.lists.rows.lengths[asked]
         block = lengths.cumsum(0).sub(1).div(PAIRS_AT_ONCE, rounding_mode="floor")
         for number in block.unique():
-            queries = (block == number).nonzero()[:, 0]
+            queries = asked[block == number]
             rows, mask = source.lists.rows.select(queries).padded(0)
             candidates, place = rows[mask].unique(return_inverse=True)
             index = torch.zeros_like(rows)

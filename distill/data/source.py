@@ -200,7 +200,7 @@ class TextSource(Source):
         """The rows of all candidates that a batch can hold, each text once."""
         if self.negatives or not len(self.queries):
             return self.candidates.same_text.unique()
-        return self.lists.rows.values.unique()
+        return self.lists.rows.select(self.query_rows).values.unique()
 
     def gather(
         self,

@@ -201,3 +201,21 @@ def test_sources_are_found_inside_a_mixture(models):
     one, two = source_of(graph, name="one"), source_of(graph, name="two")
     assert text_sources(one) == {"one": one}
     assert text_sources(Mixture({"a": one, "b": two})) == {"a": one, "b": two}
+
+
+def test_queries_that_are_left_out_are_not_asked_about(models):
+    """Nor the candidates that they alone list."""
+    graph = graph_of(models)
+    part = judged(lists=((0, 1), (5, 3)))
+    labels = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    part = Judged("rerank", part.queries, part.candidates, Ragged.of([[0, 1], [5, 3], [], []]), labels)
+    source = source_of(graph, part, with_positive=True)
+    assert source.query_rows.tolist() == [0] and source.candidate_rows.tolist() == [0, 1]
+    assert source.steps(0) == 1 and source.batch(0, 0).query_ids.tolist() == [0]
+    known = TeacherMemory(graph, {"data": source})._known["data"]
+    assert known["encoder"].keys["candidate"].tolist() == [0, 1]
+    assert known["cross"].keys["pair"].tolist() == [0, 1]
+    assert TeacherMemory(graph, {"data": source}).recall(source.batch(0, 0)).stored.keys() == {
+        "encoder",
+        "cross",
+    }
