@@ -173,7 +173,7 @@ def _evaluate_pairs(
             "label": labels,
         }
     )
-    if "Accuracy" in metrics:
+    if "Accuracy" in metrics and threshold is not None:
         per_query["Accuracy"] = ((scores.astype(np.float64) >= threshold) == (labels > 0)).astype(float)
     return Evaluation(judged.name, "pairs", "a score per pair", means, per_query, len(scores), {}, threshold)
 

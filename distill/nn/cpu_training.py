@@ -87,7 +87,7 @@ def padding_mask(batch_size: int, q_length: int, kv_length: int, **others) -> Te
     """A mask of ``transformers`` that stays [n, 1, 1, T] where padding alone is hidden, not [n, 1, T, T]."""
     from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
-    real = others.get("attention_mask")
+    real: Any = others.get("attention_mask")
     simple = others.get("mask_function") is bidirectional_mask_function and real is not None
     if simple and real.shape == (batch_size, kv_length):
         real = real.bool()

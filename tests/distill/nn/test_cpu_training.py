@@ -164,3 +164,16 @@ def test_a_saved_configuration_does_not_know_of_it(family, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert cpu_training.NAME not in config.values()
     assert AutoModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_a_padding_mask_is_small_and_hides_what_the_usual_one_hides():
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+    real = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    given = {"mask_function": bidirectional_mask_function, "attention_mask": real.bool(), "device": "cpu"}
+    small, usual = cpu_training.padding_mask(2, 3, 3, **given), sdpa_mask(2, 3, 3, **given)
+    assert small.shape == (2, 1, 1, 3)
+    assert torch.equal(small.expand_as(usual), usual)
+    assert cpu_training.padding_mask(2, 3, 3, **(given | {"attention_mask": torch.ones(2, 3)})) is None
+    causal = given | {"mask_function": lambda batch, head, query, key: key <= query}
+    assert cpu_training.padding_mask(2, 3, 3, **causal).shape == (2, 1, 3, 3)  # more than padding is hidden
