@@ -25,7 +25,7 @@ def run(recipe: str, seeds: list[int], overrides: list[str], variant: str) -> No
     from distill.recipe import load_recipe
     from distill.run import Runs, environment
 
-    name = f"{recipe}{f'-{variant}' if variant else ''}"
+    name = f"{recipe}-{variant}".rstrip("-").replace(" ", "_")
     for seed in seeds:
         loaded = load_recipe(recipe, [*overrides, f"train.seed={seed}", f"name={name}/seed{seed}"])
         folder = Runs().run(loaded)
