@@ -216,7 +216,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"models.student.encoder": {"ref": "cros.encoder"}},
         r"no model 'cros' to refer to. Did you mean 'cross'\?",
     ),
-    ({"models.student.encoder": {"ref": "cross.head"}}, r"'cross' does not share 'head'; it shares encoder"),
+    ({"models.student.encoder": {"ref": "cross.head"}}, r"'cross' does not share 'head'; it shares nothing"),
     ({"losses.labels.temprature": 2}, r"losses.labels: .*'temprature'.*Did you mean 'temperature'\?"),
     ({"losses.labels.temperature": -2}, r"losses.labels: temperature must be positive and finite, got -2"),
     (
