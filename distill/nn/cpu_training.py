@@ -1,7 +1,8 @@
-"""Attention and dropout that train fast on a CPU; on a GPU and without gradient torch's own are used.
+"""Attention, dropout and layer norm that train fast on a CPU; elsewhere torch's own are used.
 
 On a CPU the backward of torch's fused attention takes several times as long as the plain products for
-texts of ordinary length, and its dropout draws one random number at a time. Both are measured by
+texts of ordinary length, its dropout draws one random number at a time, and autocast casts what goes from a
+layer norm into a matrix product once for each product, both ways. All are measured by
 ``benchmarks/train_text.py``.
 """
 
@@ -42,7 +43,25 @@ def dropout(x: Tensor, p: float) -> Tensor:
     seed = int(torch.empty((), dtype=torch.int64).random_())
     words = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, -(-x.numel() // 4), dtype=np.uint64)
     drawn = torch.from_numpy(words.view(np.int16)[: x.numel()]).view(x.shape)
-    return x * ((drawn >= round(p * 65536) - 32768) * (1.0 / (1.0 - p))).to(x.dtype)
+    least = round(p * 65536) - 32768
+    if x.dtype != torch.bfloat16:
+        return x * ((drawn >= least) * (1.0 / (1.0 - p))).to(x.dtype)
+    scale = torch.tensor(1.0 / (1.0 - p), dtype=torch.bfloat16).view(torch.int16)  # as its 16 bits
+    return x * torch.ge(drawn, least, out=torch.empty_like(drawn)).mul_(scale).view(torch.bfloat16)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm that under bf16 autocast on a CPU answers in bf16, rounded from float32 once.
+
+    What follows it are matrix products, which autocast would cast it for one by one, and a residual.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        if not half or torch.get_autocast_dtype("cpu") != torch.bfloat16:
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x).to(torch.bfloat16)
 
 
 def attention(
@@ -77,7 +96,8 @@ def attention(
         weights = weights + torch.zeros_like(attention_mask, dtype=weights.dtype).masked_fill_(
             ~attention_mask, low
         )
-    weights = weights.softmax(dim=-1)
+    wide = torch.float32 if weights.dtype == torch.bfloat16 else None  # in bf16 it is slower
+    weights = weights.softmax(dim=-1, dtype=wide).to(value.dtype)
     if dropout > 0.0:
         weights = _dropout(weights, dropout)
     return (weights @ value).transpose(1, 2).contiguous(), None
@@ -107,7 +127,7 @@ def keep_memory() -> None:
 
 
 def prepare_for_cpu(backbone: Any) -> None:
-    """Put this attention and this dropout into a transformer, where its architecture lets one choose."""
+    """Put this attention, dropout and layer norm into a transformer, where it lets one choose."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -120,3 +140,5 @@ def prepare_for_cpu(backbone: Any) -> None:
         for name, child in parent.named_children():
             if type(child) is nn.Dropout:
                 setattr(parent, name, Dropout(child.p).train(child.training))
+            elif type(child) is nn.LayerNorm:
+                child.__class__ = LayerNorm  # its parameters stay what they are

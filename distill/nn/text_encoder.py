@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from distill.batch import Ragged
 from distill.errors import RecipeError
 from distill.hub.checkpoint import position_limit
+from distill.nn.cpu_serving import in_streams, serving_copy
 from distill.nn.cpu_training import prepare_for_cpu
 from distill.nn.precision import native_bf16
 from distill.nn.tokenizer import TextTokenizer
+
+CHUNK_TOKENS = 2048  # of a chunk on a CPU: its activations stay near the core
 
 Head = Callable[[object, Tensor], Tensor]  # (output of the transformer for a chunk, mask [n, T]) -> [n, ...]
 
@@ -63,38 +66,53 @@ class TextEncoder(nn.Module):
             types: Segments, aligned with ids; None where the model has none.
             head: From the transformer's output for a chunk of m texts, and its mask [m, T], to [m, ...].
         """
-        rows, parts = [], []
-        for chunk, output, mask in self.chunks(ids, types):
-            with torch.autocast(mask.device.type, enabled=False):
-                parts.append(head(output, mask).float())
-            rows.append(chunk)
-        order = torch.cat(rows)
-        return torch.cat(parts)[order.argsort()]
-
-    def chunks(self, ids: Ragged, types: Ragged | None) -> Iterator[tuple[Tensor, object, Tensor]]:
-        """Rows, output and mask of each chunk, longest texts first."""
         device = next(self.backbone.parameters()).device
+        chunks = self.cut(ids.lengths, self.chunk_tokens or (CHUNK_TOKENS if device.type == "cpu" else 65536))
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
         backbone = self.backbone if learning or self.training else self._serving(device)
-        budget = self.chunk_tokens or (2048 if device.type == "cpu" else 65536)
-        embedded = None
-        if learning:
-            self._half = None  # the weights are about to change; a fused optimiser does not mark them
-            words = self.backbone.get_input_embeddings()(ids.values.to(device))
-            embedded = torch.cat([words, words.new_zeros(1, words.shape[-1])])  # the last row pads
-        for rows, length in self.cut(ids.lengths, budget):
-            chunk = ids.select(rows)
-            padded, mask = chunk.to(device).padded(self.tokenizer.pad_id, length)
-            given = {"attention_mask": mask.long()}
-            if embedded is None:
-                given["input_ids"] = padded.long()
-            else:
-                every = torch.arange(len(ids.values), device=ids.values.device)
-                places = Ragged(every, ids.offsets).select(rows)
-                given["inputs_embeds"] = embedded[places.to(device).padded(len(ids.values), length)[0]]
-            if types is not None:
-                given["token_type_ids"] = types.select(rows).to(device).padded(0, length)[0].long()
-            yield rows.to(device), backbone(**given), mask
+        embedded = self._embedded(ids.to(device)) if learning else None
+
+        def answer(chunk: tuple[Tensor, int]) -> Tensor:
+            output, mask = self._run(backbone, ids, types, chunk, embedded)
+            with torch.autocast(mask.device.type, enabled=False):
+                return head(output, mask).float()
+
+        if device.type == "cpu" and not torch.is_grad_enabled() and not self.training:
+            parts = [*in_streams(answer, chunks)]
+        else:
+            parts = [answer(chunk) for chunk in chunks]
+        order = torch.cat([rows for rows, _ in chunks]).to(device)
+        return torch.cat(parts)[order.argsort()]
+
+    def _embedded(self, ids: Ragged) -> Tensor:
+        """The word embeddings of all ids, and a last row of zeros, which pads."""
+        self._half = None  # the weights are about to change; a fused optimiser does not mark them
+        words = self.backbone.get_input_embeddings()(ids.values)
+        return torch.cat([words, words.new_zeros(1, words.shape[-1])])
+
+    def _run(
+        self,
+        backbone: Any,
+        ids: Ragged,
+        types: Ragged | None,
+        chunk: tuple[Tensor, int],
+        embedded: Tensor | None,
+    ) -> tuple[object, Tensor]:
+        """What the transformer says of the texts of a chunk, and their mask [m, T]."""
+        rows, length = chunk
+        device = next(self.backbone.parameters()).device
+        padded, mask = ids.select(rows).to(device).padded(self.tokenizer.pad_id, length)
+        given = {"attention_mask": mask.long()}
+        if embedded is None:
+            given["input_ids"] = padded.long()
+        else:
+            places = Ragged(torch.arange(len(ids.values), device=ids.values.device), ids.offsets)
+            given["inputs_embeds"] = embedded[
+                places.select(rows).to(device).padded(len(ids.values), length)[0]
+            ]
+        if types is not None:
+            given["token_type_ids"] = types.select(rows).to(device).padded(0, length)[0].long()
+        return backbone(**given), mask
 
     def cut(self, lengths: Tensor, budget: int) -> list[tuple[Tensor, int]]:
         """Rows of each chunk, longest texts first, and the length they are padded to.
@@ -124,8 +142,7 @@ class TextEncoder(nn.Module):
             return self.backbone
         state = tuple(p._version for p in parameters) + (parameters[0].data_ptr(),)
         if self._half is None or self._half[0] != state:
-            half = copy.deepcopy(self.backbone).to(torch.bfloat16)
-            self._half = (state, half.eval().requires_grad_(False))
+            self._half = (state, serving_copy(self.backbone, self.chunk_tokens or CHUNK_TOKENS))
         return self._half[1]
 
 

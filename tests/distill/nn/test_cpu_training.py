@@ -9,7 +9,7 @@ from transformers import AutoModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from distill.nn import cpu_training
-from distill.nn.cpu_training import Dropout, attention, dropout, prepare_for_cpu
+from distill.nn.cpu_training import Dropout, LayerNorm, attention, dropout, prepare_for_cpu
 
 
 class Layer(nn.Module):
@@ -142,6 +142,33 @@ def test_a_prepared_transformer_learns_as_before(name, family, texts):
             results.append([out, *(p.grad for p in model.parameters() if p.grad is not None)])
         for theirs, our in zip(*results, strict=True):
             torch.testing.assert_close(our, theirs, atol=1e-9, rtol=1e-9)  # in float64: exact but for order
+
+
+def test_a_layer_norm_answers_in_bf16_under_autocast_only():
+    norm, ours = nn.LayerNorm(16), LayerNorm(16)
+    ours.load_state_dict(norm.state_dict())
+    x = torch.randn(5, 16)
+    assert torch.equal(ours(x), norm(x))
+    results = []
+    for layer in (norm, ours):
+        given = x.clone().requires_grad_()
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = layer(given)
+        (out.float() * torch.linspace(-1, 1, 80).view(5, 16)).sum().backward()
+        results.append((out, given.grad, layer.weight.grad, layer.bias.grad))
+    assert results[1][0].dtype == torch.bfloat16 and results[0][0].dtype == torch.float32
+    for theirs, our in zip(*results, strict=True):
+        torch.testing.assert_close(our.float(), theirs, atol=0.02, rtol=0.02)
+
+
+def test_replaced_layer_norms_keep_their_parameters(family):
+    model = AutoModel.from_pretrained(family("bert"))
+    before = {name: id(p) for name, p in model.named_parameters()}
+    prepare_for_cpu(model)
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert sum(type(m) is LayerNorm for m in model.modules()) > 2
+    assert not any(type(m) is nn.LayerNorm for m in model.modules())
 
 
 def test_replaced_dropouts_keep_their_rate_and_mode(family):
