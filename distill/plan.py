@@ -159,7 +159,7 @@ def baseline_losses(recipe: Recipe) -> dict[str, dict[str, Any]] | None:
     losses = {
         name: arrow
         for name, arrow in recipe.losses.items()
-        if "from" not in arrow and arrow["to"] == recipe.keep
+        if arrow.get("from", "labels") == "labels" and arrow["to"] == recipe.keep
     }
     if not losses:
         raise RecipeError(
