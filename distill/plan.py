@@ -222,6 +222,10 @@ def check_uses(recipe: Recipe, graph: DistillationGraph) -> None:
             mistakes.add(
                 f"train.learning_rates: '{name}' is not a trained node.{nearest(name, graph.trained)}"
             )
+        elif not any(key.startswith(f"node_modules.{name}.") for key in graph.trainable()):
+            mistakes.add(
+                f"train.learning_rates: all parameters of '{name}' are another node's; set the rate there."
+            )
     mistakes.report()
 
 
