@@ -76,7 +76,7 @@ def _random_states() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         own["cuda"] = torch.cuda.get_rng_state()
     return {
-        _of_process(device, of): one
+        _of_process(device, of): one.clone()
         for device, mine in own.items()
         for of, one in enumerate(gather(mine[None], [1] * world()))
     }

@@ -53,7 +53,7 @@ def _apart(ask: Ask, batch: Batch, fields: Needs, rows: int | None) -> dict[str,
             (none, part) for part in candidates.split(rows)
         ]
         pieces = [piece for piece in cut if len(piece[0]) or len(piece[1])] or cut[:1]
-    parts: dict[str, list[Tensor]] = {f: [] for f in fields.fields}
+    parts: dict[str, list[Tensor]] = {f: [] for f in sorted(fields.fields)}  # all gather in one order
     for piece in pieces:
         answer = dict(ask(batch.select(*piece), fields).given())
         for f in parts:
@@ -65,7 +65,7 @@ def _pairs(ask: Ask, batch: Batch, fields: Needs, rows: int | None) -> dict[str,
     """Fields along listed pairs: [B, N, ...], 0 where nothing is listed."""
     query, place = batch.mask.nonzero(as_tuple=True)
     mine = torch.arange(len(query), device=query.device)[share(len(query))]
-    parts: dict[str, list[Tensor]] = {f: [] for f in fields.fields}
+    parts: dict[str, list[Tensor]] = {f: [] for f in sorted(fields.fields)}  # all gather in one order
     for piece in mine.split(rows or max(1, len(mine))):
         q, c = query[piece], batch.index[query[piece], place[piece]]
         q, row = q.unique(return_inverse=True)

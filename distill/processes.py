@@ -2,8 +2,8 @@
 
 All make the same batches and take the same decisions. Each represents its share of the rows, then all hear
 all of them (``pieces.py``) and know the whole loss; each trains on an equal part of it, and gradients are
-summed. Only the first writes and speaks. A function here with "all processes" in its words must be called by
-all of them.
+summed. Only the first writes and speaks, into folders that all can read. A function here with "all processes"
+in its words must be called by all of them.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ def start() -> None:
     CPUs talk by gloo, GPUs by what Accelerate chooses.
     """
     from accelerate.state import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    PartialState(cpu=cpu, **({"timeout": PATIENCE} if several else {}))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+        PartialState(cpu=cpu, timeout=PATIENCE)
 
 
 def end() -> None:

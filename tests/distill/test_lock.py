@@ -14,12 +14,8 @@ from distill.lock import LOCK, only_run_in
 def test_the_second_is_told_who_runs_there(tmp_path):
     with only_run_in(tmp_path / "run"):
         assert (tmp_path / "run" / LOCK).read_text().startswith(f"{os.getpid()} on ")
-        with (
-            pytest.raises(
-                UserError, match=rf"run is in use: process {os.getpid()} on .* runs there. Wait for it"
-            ),
-            only_run_in(tmp_path / "run"),
-        ):
+        said = rf"run is in use: process {os.getpid()} on .* runs there. Wait for it"
+        with pytest.raises(UserError, match=said), only_run_in(tmp_path / "run"):
             raise AssertionError("both are in")
         assert (tmp_path / "run" / LOCK).exists()
     assert not (tmp_path / "run" / LOCK).exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,14 +32,9 @@ def launch(n, *arguments, cwd=REPOSITORY):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        f"--num_processes={n}",
-        f"--main_process_port={port}",
-    ]
+    options = ["--multi_gpu", f"--num_processes={n}", f"--main_process_port={port}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", *launcher, "-m", *map(str, arguments)],
+        [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{cwd}"},
         cwd=cwd,
         stdout=subprocess.PIPE,
@@ -102,8 +98,7 @@ def test_a_stopped_training_ends_where_an_unstopped_one_ends(several):
 
 def test_another_number_of_processes_goes_on_and_says_so(several, caplog, tmp_path):
     found, folder = several
-    (tmp_path / "checkpoints").mkdir()
-    (folder / "stopped" / "checkpoints").rename(tmp_path / "checkpoints")
+    shutil.copytree(folder / "stopped", tmp_path, dirs_exist_ok=True)
     assert fit(tmp_path)
     assert f"was left by a training with processes {len(found)}, and it goes on with 1" in caplog.text
 
@@ -144,8 +139,9 @@ class Happens(Objective):
             Path("happened").touch()
             if self.what == "crash":
                 raise ValueError("boom")
-            pid, number = (os.getpid(), signal.SIGKILL) if self.what == "kill" else (os.getppid(), signal.SIGINT)
-            os.kill(pid, number)
+            if self.what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getppid(), signal.SIGINT)  # the launcher
         return student.queries.sum(dim=-1) * 0
 '''
 
@@ -223,10 +219,9 @@ def test_a_run_of_two_processes_is_that_of_one(workplace, tiny_bert):
             assert line[key] == pytest.approx(expected[key], abs=1e-4 if "norm" in key else 1e-5), key
     measured, expected = (json.loads((folder / "metrics.json").read_text()) for folder in (found, alone))
     for name in ("student", "cross"):
-        assert measured["models"][name]["metrics"] == pytest.approx(
-            expected["models"][name]["metrics"], abs=1e-6
-        )
-        assert measured["models"][name]["queries"] == expected["models"][name]["queries"]
+        mine, alone = measured["models"][name], expected["models"][name]
+        assert mine["metrics"] == pytest.approx(alone["metrics"], abs=1e-6)
+        assert mine["queries"] == alone["queries"]
 
 
 @pytest.mark.parametrize("where", [0, 1])
@@ -259,14 +254,8 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(workplace, tiny_
     code, out, err = run(workplace)
     assert code == 0, err
     assert f"going on from step {step} of 6" in err and out.count("run folder:") == 1
-    assert [line["step"] for line in history(workplace / "runs" / "mine") if "loss" in line] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-    ]
+    lines = [line for line in history(workplace / "runs" / "mine") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
 # alone
