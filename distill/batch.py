@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -114,6 +114,17 @@ def _spread(starts: Tensor, lengths: Tensor) -> Tensor:
 Column = Tensor | Ragged
 
 
+def _on(axis: str, default: Any = MISSING) -> Any:
+    """A field of Batch with a row for each query, or for each candidate."""
+    return field(
+        metadata={"axis": axis}, **({"default_factory": dict} if default is dict else {"default": default})
+    )
+
+
+def _axis(of: Field) -> str | None:
+    return of.metadata.get("axis")
+
+
 @dataclass(frozen=True)
 class Batch:
     """B queries that list N candidates each, out of the P distinct candidates of the batch.
@@ -126,13 +137,13 @@ class Batch:
 
     index: Tensor  # [B, N] int64, which of the P
     mask: Tensor  # [B, N] bool, which entries are real
-    query_ids: Tensor  # [B] int64, the query's row in its source
-    candidate_ids: Tensor  # [P] int64, the candidate's row in its source, distinct
-    labels: Tensor | None = None  # [B, N] float32, what the data says; None: the source has no labels
-    draws: Tensor | None = None  # [P] int64, how often each candidate was drawn; None: once
-    known_positives: Ragged | None = None  # candidate ids per query, in the batch or not
-    queries: Mapping[str, Any] = field(default_factory=dict)  # name -> Column of B rows
-    candidates: Mapping[str, Any] = field(default_factory=dict)  # name -> Column of P rows
+    query_ids: Tensor = _on("query")  # [B] int64, the query's row in its source
+    candidate_ids: Tensor = _on("candidate")  # [P] int64, the candidate's row in its source, distinct
+    labels: Tensor | None = _on("query", None)  # [B, N] float32, what the data says; None: it has no labels
+    draws: Tensor | None = _on("candidate", None)  # [P] int64, how often each candidate was drawn; None: once
+    known_positives: Ragged | None = _on("query", None)  # candidate ids per query, in the batch or not
+    queries: Mapping[str, Any] = _on("query", dict)  # name -> Column of B rows
+    candidates: Mapping[str, Any] = _on("candidate", dict)  # name -> Column of P rows
     source: str = ""  # the data set's name in the recipe
     stored: Mapping[str, Any] = field(default_factory=dict)  # node -> Outputs known beforehand
 
@@ -163,6 +174,34 @@ class Batch:
             queries={name: self.queries[name] for name in query_columns},
             candidates={name: self.candidates[name] for name in candidate_columns},
             stored={},
+        )
+
+    def select(self, queries: Tensor, candidates: Tensor) -> Batch:
+        """The given rows of queries [b] and of candidates [p]; what a query lists of the others is masked.
+
+        What is stored is left out: who asks about some rows wants to be told.
+        """
+        place = self.index.new_full((max(1, len(self.candidate_ids)),), -1)
+        place[candidates] = torch.arange(len(candidates), device=place.device)
+        index = place[self.index[queries]]
+
+        def rows(values: Any, chosen: Tensor) -> Any:
+            if isinstance(values, Mapping):
+                return {name: rows(column, chosen) for name, column in values.items()}
+            if isinstance(values, Ragged):
+                return values.select(chosen)
+            return None if values is None else values[chosen]
+
+        return Batch(
+            index.clamp(min=0),
+            self.mask[queries] & (index >= 0),
+            **{f.name: rows(getattr(self, f.name), queries) for f in fields(self) if _axis(f) == "query"},
+            **{
+                f.name: rows(getattr(self, f.name), candidates)
+                for f in fields(self)
+                if _axis(f) == "candidate"
+            },
+            source=self.source,
         )
 
     def to(self, device: torch.device | str) -> Batch:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distill.errors import DataError
 from distill.hub.files import atomic_folder
+from distill.processes import gather, is_first, rank, world
 
 
 def save_checkpoint(
@@ -26,7 +27,13 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
 ) -> None:
-    """Write one checkpoint: trained parameters, their optimiser state, the random state, and ``state``."""
+    """Write one checkpoint: trained parameters, their optimiser state, the random state, and ``state``.
+
+    All processes take part, the first one writes.
+    """
+    random = _random_states()
+    if not is_first():
+        return
     with atomic_folder(folder) as path:
         save_parameters(path / "model.safetensors", parameters)
         moments = {
@@ -35,9 +42,6 @@ def save_checkpoint(
             for key, value in optimizer.state.get(parameter, {}).items()
         }
         save_file(moments, path / "optimizer.safetensors")
-        random = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            random["cuda"] = torch.cuda.get_rng_state()
         save_file(random, path / "random.safetensors")
         (path / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
 
@@ -60,10 +64,26 @@ def load_checkpoint(
         optimizer.state[parameter][key] = (
             value if step and parameter.device.type == "cpu" else value.to(parameter.device)
         )
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        if (name := _of_process(device, rank())) in random:
+            (torch if device == "cpu" else torch.cuda).set_rng_state(random[name])
     return state
+
+
+def _random_states() -> dict[str, Tensor]:
+    """The random state of each process and device, by name."""
+    own = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        own["cuda"] = torch.cuda.get_rng_state()
+    return {
+        _of_process(device, of): one.clone()
+        for device, mine in own.items()
+        for of, one in enumerate(gather(mine[None], [1] * world()))
+    }
+
+
+def _of_process(device: str, of: int) -> str:
+    return device if of == 0 else f"{device}.{of}"
 
 
 def save_parameters(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:

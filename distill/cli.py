@@ -59,11 +59,14 @@ def run(
 ) -> None:
     """Train (teachers first), evaluate, save, report; goes on where an earlier run stopped."""
     with reported(debug):
+        from distill.processes import is_first
         from distill.run import Runs
 
         quiet_libraries()
         all_runs = Runs(runs, trust or (), overwrite)
-        _show(all_runs.run(all_runs.load(recipe, overrides or ())))
+        folder = all_runs.run(all_runs.load(recipe, overrides or ()))
+        if is_first():
+            _show(folder)
 
 
 @app.command()

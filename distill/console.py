@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
 import typer
 from rich import box
@@ -19,6 +19,8 @@ from rich.text import Text
 from tqdm import tqdm
 
 from distill.errors import RunError, UserError
+
+log = logging.getLogger("distill")
 
 WIDE = 160  # columns of a table that goes into a file or a pipe
 
@@ -90,20 +92,54 @@ def messages() -> Iterator[None]:
 
 @contextmanager
 def reported(debug: bool) -> Iterator[None]:
-    """Turns what goes wrong into one message and an exit code."""
+    """Turns what goes wrong into one message and an exit code; of several processes one speaks."""
     with messages(), warnings.catch_warnings():
         if not debug:
             warnings.simplefilter("ignore")  # of libraries; ours are logged
         try:
-            yield
+            with one_voice():
+                yield
         except BrokenPipeError:
             raise  # whoever read our output has gone
         except (Exception, KeyboardInterrupt) as error:
             if debug:
                 traceback.print_exc()
             message, code = _explained(error)
-            say(message)
+            if _is_heard():
+                say(message)
             raise typer.Exit(code) from None
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Inside, this is one of the processes that ``accelerate launch`` started; only the first is heard."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if "MASTER_PORT" in os.environ and os.environ.get("ACCELERATE_USE_CPU") == "True":
+            log.warning(
+                "accelerate launch --cpu starts one process only; several, on CPUs too, are started by "
+                "accelerate launch --multi_gpu --num_processes N."
+            )
+        yield
+        return
+    from distill import processes
+
+    processes.start()
+    with ExitStack() as stack:
+        if not processes.is_first():
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield
+    processes.end()
+
+
+def _is_heard() -> bool:
+    """Whether this process, which fails, should say why."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    from distill import processes
+
+    return processes.speaks()
 
 
 def _explained(error: BaseException) -> tuple[str, int]:

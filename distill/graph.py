@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from distill.batch import Batch
 from distill.errors import RecipeError
+from distill.gradient_cache import cached
 from distill.model import Model
 from distill.nn.tokenizer import TextColumn
 from distill.objectives.base import Loss, Objective
-from distill.outputs import Needs, Outputs
+from distill.outputs import ROWWISE, Needs, Outputs
+from distill.pieces import in_pieces
+from distill.processes import world
 
 Weight = float | Sequence[Sequence[float]]
 
@@ -98,6 +101,7 @@ class DistillationGraph(nn.Module):
         self.trained = frozenset(trained)
         self.keep = keep
         self.autocast: Callable[[], AbstractContextManager] = nullcontext  # of the heavy half
+        self.gradient_cache: int | None = None  # rows represented at a time with gradient; None: all at once
         for name, node in self.nodes.items():
             node.requires_grad_(name in self.trained)
         for name in self.trained:  # what a frozen node shares with a trained one learns (check refuses it)
@@ -187,12 +191,26 @@ class DistillationGraph(nn.Module):
                     said[name] = stored
                     continue
             view = batch.view(*([column.key for column in columns] for columns in node.reads))
-            with torch.set_grad_enabled(torch.is_grad_enabled() and name in self.trained), self.autocast():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and name in self.trained):
                 if node.of:
-                    said[name] = node.represent_of({n: said[n] for n in node.of}, view, needs)
+                    with self.autocast():
+                        said[name] = node.represent_of({n: said[n] for n in node.of}, view, needs)
                 else:
-                    said[name] = node.represent(view, needs)
+                    said[name] = self._represent(node, view, needs)
         return said
+
+    def _represent(self, node: Model, batch: Batch, needs: Needs) -> Outputs:
+        """What a node says row by row, of all at once or in pieces."""
+
+        def ask(batch: Batch, needs: Needs) -> Outputs:
+            with self.autocast():  # of each pass its own
+                return node.represent(batch, needs)
+
+        rows = self.gradient_cache if torch.is_grad_enabled() else None
+        fields = node.represents(needs)
+        if (rows is None and world() == 1) or not fields.fields <= ROWWISE:
+            return ask(batch, needs)
+        return in_pieces(ask if rows is None else cached(ask, node.device), batch, fields, rows)
 
     def _compare(self, name: str, outputs: Outputs, batch: Batch, needs: Needs) -> Outputs:
         if needs.fields <= dict(outputs.given()).keys():

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-def _on(axis: str):
-    return field(default=None, metadata={"axis": axis})
+def _on(axis: str, rowwise: bool = True):
+    return field(default=None, metadata={"axis": axis, "rowwise": rowwise})
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class Outputs:
 
     scores: Tensor | None = _on("pair")  # [B, N]  relevance as served, higher is better, float32
     classes: Tensor | None = _on("pair")  # [B, N, C]  logits of a classifier, float32
-    in_batch: Tensor | None = _on("query")  # [B, P]  every query against every candidate of the batch
+    in_batch: Tensor | None = _on(
+        "query", rowwise=False
+    )  # [B, P]  every query against every candidate of the batch
     queries: Tensor | None = _on("query")  # [B, D]  one vector per query
     candidates: Tensor | None = _on("candidate")  # [P, D]  one vector per distinct candidate
 
@@ -44,6 +46,7 @@ class Outputs:
 
 
 AXES: dict[str, str] = {f.name: f.metadata["axis"] for f in fields(Outputs)}
+ROWWISE = frozenset(f.name for f in fields(Outputs) if f.metadata["rowwise"])  # a row is known by itself
 
 
 @dataclass(frozen=True)

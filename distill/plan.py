@@ -17,6 +17,8 @@ from distill.measure import can_be_measured
 from distill.model import Encoder, Model
 from distill.nn.text_encoder import without_weights
 from distill.nn.tokenizer import TextColumn
+from distill.pieces import piece_problems
+from distill.processes import world
 from distill.recipe import nearest
 from distill.settings import Recipe
 from distill.store import text_sources
@@ -63,7 +65,8 @@ class Plan:
         batch = f"{train.batch_size} queries" + (f" x {train.accumulate}" if train.accumulate > 1 else "")
         length = "" if train.steps else f" ({train.epochs:g} epochs)"
         cut = "" if train.steps or not train.minutes else f", as many as fit into {train.minutes:g} minutes"
-        return f"{self.steps:,} steps of {batch}{length}{cut}"
+        shared = f", shared by {world()} processes" if world() > 1 else ""
+        return f"{self.steps:,} steps of {batch}{length}{cut}{shared}"
 
     def lines(self) -> list[str]:
         """What will happen, in a few lines."""
@@ -102,6 +105,14 @@ class Plan:
         if name in self.graph.trained:
             ids = queries * q + texts * c if apart else listed * (q + c)
             yield f"{where}{name} reads about {ids:,.0f} ids an epoch"
+            if (rows := self.recipe.train.gradient_cache) is not None:
+                size = min(source.batch_size, queries or texts)
+                most = size * source.width if queries else size
+                chunks = -(-size // rows) * (apart and queries > 0) + -(-most // rows)
+                yield (
+                    f"{where}{name} caches its gradient: up to {chunks:,} chunks of {rows:,} "
+                    f"{'texts' if apart else 'pairs'} a batch, each read twice, about a third more compute"
+                )
         elif name in source.scored:
             yield f"{where}{name} is not run: its scores come with the data"
         elif apart:
@@ -207,6 +218,8 @@ def check_measures(recipe: Recipe, data: Mapping[str, TextData]) -> None:
 def check_uses(recipe: Recipe, graph: DistillationGraph) -> None:
     """Refuse what a checked graph cannot be used for, and settings of nodes that it does not train."""
     kept, mistakes = graph.nodes[recipe.keep], Mistakes()
+    for problem in piece_problems(graph, recipe.train.gradient_cache is not None, world() > 1):
+        mistakes.add(problem)
     if recipe.evaluate.metrics and not can_be_measured(kept):
         mistakes.add(
             f"evaluate.metrics: models.{recipe.keep} provides only {', '.join(sorted(kept.provides))}, from "

@@ -11,7 +11,9 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from distill.evaluation import Evaluation
 from distill.evaluation.significance import CONFIDENCE, compare
 from distill.graph import DistillationGraph
 from distill.hub.files import atomic_write_text
+from distill.lock import LOCK, only_run_in
 from distill.measure import can_be_measured, entry_of, measure
 from distill.model import Encoder, Model
 from distill.plan import (
@@ -37,6 +40,7 @@ from distill.plan import (
     plan_of,
     split_to_measure,
 )
+from distill.processes import first_goes_first, from_first, in_shares, is_first, wait, world
 from distill.recipe import load_recipe, read_yaml
 from distill.settings import Recipe, TrainSettings
 from distill.trainer import Progress, Trainer
@@ -69,24 +73,35 @@ class Runs:
     def run(self, recipe: Recipe) -> Path:
         """Run a recipe to its end, or go on with it; returns the run's folder."""
         folder = self.folder / recipe.name
-        changed = self._changed(recipe, folder)
+        if self._is_done(recipe, folder):
+            return folder
+        plan = self.check(recipe)
+        with only_run_in(folder) if is_first() else nullcontext():
+            if self._is_done(recipe, folder):  # by another process, meanwhile
+                return folder
+            if is_first():
+                if self._changed(recipe, folder):
+                    _empty(folder)
+                before = "going on with " if (folder / "recipe.yaml").exists() else ""
+                log.info("%s%s", before, "\n".join([recipe.name, *plan.lines()]))
+                atomic_write_text(folder / "recipe.yaml", _yaml(recipe))
+                atomic_write_text(folder / "environment.json", json.dumps(environment(), indent=1))
+            wait()
+            _Run(recipe, folder, self._builder(self.model_of)).run()
+        return folder
+
+    def _is_done(self, recipe: Recipe, folder: Path) -> bool:
+        """Whether the folder holds this run, finished; refuses that of another recipe."""
+        changed = from_first(self._changed(recipe, folder))
         if changed and not self.overwrite:
             raise RecipeError(
                 f"{folder} holds a run of another recipe (other: {', '.join(changed)}). "
                 f"Give this one a name of its own (name=...), or pass --overwrite to replace it."
             )
-        if not changed and (folder / FINISHED).exists():
+        done = not changed and from_first((folder / FINISHED).exists())
+        if done:
             log.info("%s is finished; its recipe has not changed, so nothing is done again.", folder)
-            return folder
-        plan = self.check(recipe)
-        if changed:
-            shutil.rmtree(folder)
-        log.info("%s%s", "going on with " if folder.exists() else "", "\n".join([recipe.name, *plan.lines()]))
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(folder / "recipe.yaml", _yaml(recipe))
-        atomic_write_text(folder / "environment.json", json.dumps(environment(), indent=1))
-        _Run(recipe, folder, self._builder(self.model_of)).run()
-        return folder
+        return done
 
     def check(self, recipe: Recipe) -> Plan:
         """Everything that can be checked without weights: names, data, measures, the graph, its baseline's.
@@ -113,7 +128,7 @@ class Runs:
         """The model that another recipe leaves; it is run first if no finished run is there."""
         runs, recipe = self._asked(name), load_recipe(name)
         folder = self.folder / recipe.name
-        if not (folder / FINISHED).exists():
+        if not from_first((folder / FINISHED).exists()):
             log.info("%s is needed and not there yet: it is run first.", recipe.name)
             runs.run(recipe)
         elif changed := self._changed(recipe, folder):
@@ -164,9 +179,10 @@ class _Run:
         recipe = self.recipe
         graph = self.builder.graph(recipe)
         progress = self._train(graph, self.folder, recipe.train)
-        graph.nodes[recipe.keep].save_pretrained(self.folder / recipe.keep)
-        for name in sorted(graph.trained - {recipe.keep}):
-            graph.nodes[name].save_pretrained(self.folder / "teachers" / name)
+        if is_first():
+            graph.nodes[recipe.keep].save_pretrained(self.folder / recipe.keep)
+            for name in sorted(graph.trained - {recipe.keep}):
+                graph.nodes[name].save_pretrained(self.folder / "teachers" / name)
         evaluations = {recipe.keep: self._evaluate(recipe.keep, graph.nodes[recipe.keep])}
         if recipe.evaluate.teachers:
             teachers = [
@@ -183,11 +199,14 @@ class _Run:
             settings = recipe.train.model_copy(update={"learning_rate": rate})
             self._train(alone, self.folder / "baseline", settings, progress.steps)
             models["baseline"] = alone.nodes[recipe.keep]
-            models["baseline"].save_pretrained(self.folder / "baseline" / recipe.keep)
+            if is_first():
+                models["baseline"].save_pretrained(self.folder / "baseline" / recipe.keep)
             evaluations["baseline"] = self._evaluate("the student without teachers", models["baseline"])
         if recipe.search:
             self._index(graph.nodes[recipe.keep])
-        self._write(models, evaluations, progress)
+        if is_first():
+            self._write(models, evaluations, progress)
+        wait()
 
     def _train(
         self, graph: DistillationGraph, folder: Path, settings: TrainSettings, steps: int | None = None
@@ -197,7 +216,8 @@ class _Run:
         heard = heard_by(graph, self.data)
         source = self.builder.source(recipe, self.data, heard)
         graph.check({name: self.data[name].split("train").labels is not None for name in heard})
-        source.prepare(*graph.columns())
+        with first_goes_first():  # it leaves the ids of texts in a cache
+            source.prepare(*graph.columns())
         dev = self._dev()
         metrics = recipe.evaluate.metrics
         trainer = Trainer(
@@ -238,9 +258,10 @@ class _Run:
         assert isinstance(model, Encoder)  # was checked
         candidates = self._judged().candidates
         log.info("building an index of %s candidates", f"{len(candidates):,}")
-        vectors = model.encode_candidates(candidates.texts, progress=True)
-        index = Index.build(vectors, candidates.ids, candidates.texts, model=f"../{self.recipe.keep}")
-        index.save(self.folder / "index")
+        vectors = in_shares(partial(model.encode_candidates, progress=True), candidates.texts)
+        if is_first():
+            index = Index.build(vectors, candidates.ids, candidates.texts, model=f"../{self.recipe.keep}")
+            index.save(self.folder / "index")
 
     def _write(
         self, models: Mapping[str, Model], evaluations: Mapping[str, Evaluation | None], progress: Progress
@@ -300,6 +321,15 @@ class _Run:
         )
 
 
+def _empty(folder: Path) -> None:
+    """Remove what a run has left in its folder, but for the lock of who now runs there."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
 def environment() -> dict[str, Any]:
     """What a run's figures depend on, besides its recipe."""
     packages = ("torch", "transformers", "datasets", "accelerate", "faiss-cpu", "tokenizers", "numpy")
@@ -308,6 +338,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "processes": world(),
         "packages": {name: metadata.version(name) for name in packages},
     }
 

@@ -17,7 +17,9 @@ class _Strict(BaseModel):
 class TrainSettings(_Strict):
     """How the graph is trained.
 
-    Batches hold ``batch_size`` queries; an optimiser step takes ``accumulate`` of them. The learning rate
+    Batches hold ``batch_size`` queries, over all processes; an optimiser step takes ``accumulate`` of them.
+    With ``gradient_cache`` (GradCache) trained models see so many texts or pairs at a time, each twice: large
+    batches fit into memory, with the same gradient, for about a third more compute. The learning rate
     rises over the first ``warmup`` of the steps and then follows ``schedule``. The dev split is measured
     every ``evaluate_every`` epochs, and the model with the best ``select`` there is kept.
     """
@@ -27,6 +29,7 @@ class TrainSettings(_Strict):
     minutes: Annotated[float, Field(gt=0)] | None = None  # epochs are cut to fit, by the speed measured
     batch_size: Annotated[int, Field(gt=0)] = 32
     accumulate: Annotated[int, Field(gt=0)] = 1
+    gradient_cache: Annotated[int, Field(gt=0)] | None = None  # texts or pairs at a time; null: all at once
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-5
     learning_rates: dict[str, Annotated[float, Field(gt=0)]] = {}  # of single nodes, by name
     weight_decay: Annotated[float, Field(ge=0)] = 0.01

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,27 +26,26 @@ from distill.errors import DataError, RecipeError, RunError
 from distill.evaluation import higher_is_better
 from distill.graph import DistillationGraph
 from distill.nn.precision import resolve_precision
-from distill.recipe import nearest
+from distill.optimizer import adamw, rate_at
+from distill.pieces import piece_problems
+from distill.processes import (
+    any_of,
+    from_first,
+    is_first,
+    rank,
+    start,
+    sum_gradients,
+    take_from_first,
+    wait,
+    world,
+)
+from distill.progress import Bar, History, Progress, bar, stoppable
 from distill.settings import TrainSettings
 from distill.store import TeacherMemory, text_sources
 
 log = logging.getLogger("distill")
 
 SECONDS_BETWEEN_CHECKPOINTS = 300.0  # at most, where a recipe does not say
-
-
-@dataclass
-class Progress:
-    """Where a training stands; all of it is in a checkpoint."""
-
-    step: int = 0
-    steps: int = 0  # in all
-    best: float | None = None
-    best_step: int = 0
-    without_better: int = 0  # evaluations since the best
-    history_bytes: int = 0
-    dev: dict[str, float] = field(default_factory=dict)  # of the best step
-    stopped: str = ""  # why it ended before its last step
 
 
 class Trainer:
@@ -92,10 +86,15 @@ class Trainer:
         torch.use_deterministic_algorithms(settings.deterministic)
         graph.to(self.accelerator.device)
         graph.autocast = self.accelerator.autocast
+        graph.gradient_cache = settings.gradient_cache
+        if problems := [*piece_problems(graph, settings.gradient_cache is not None, world() > 1)]:
+            raise RecipeError("\n".join(problems))
         self.parameters = graph.trainable()
-        self.optimizer = self.accelerator.prepare(self._optimizer())
+        take_from_first(list(self.parameters.values()))
+        self.optimizer = self.accelerator.prepare(adamw(self.parameters, settings, graph.trained))
         self._steps_given = steps is not None or settings.steps is not None
         self.progress = Progress(steps=steps or self._steps())
+        self._history = History(self.folder / "history.jsonl")
         self._interrupted = threading.Event()
         self._memory: TeacherMemory | None = None
 
@@ -106,16 +105,17 @@ class Trainer:
             RunError: A loss or a gradient that is not finite; says which arrow it came from.
             KeyboardInterrupt: After the step at hand and a checkpoint.
         """
-        checkpoint = latest(self._checkpoints)
-        torch.manual_seed(self.settings.seed)
+        checkpoint = from_first(latest(self._checkpoints))
+        torch.manual_seed(self.settings.seed + rank())
         if checkpoint is None and self.settings.minutes and not self._steps_given:
             self._fit_to_time()
         if checkpoint is not None:
             self._resume(checkpoint)
         else:
-            self._start_history()
+            self._history.start()
         if self.progress.step < self.progress.steps and not self.progress.stopped:
             self._train()
+        wait()
         if (self._best / "model.safetensors").exists():
             load_parameters(self._best / "model.safetensors", self.parameters)
         self.graph.eval()
@@ -127,13 +127,13 @@ class Trainer:
             plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
             self.accelerator.init_trackers("distill", plain)
         try:
-            with self._stoppable(), self._bar() as bar:
-                self._loop(bar)
+            with stoppable(self._interrupted), bar(self.progress.steps, self.progress.step) as shown:
+                self._loop(shown)
         finally:
             if self.settings.trackers:
                 self.accelerator.end_training()
 
-    def _loop(self, bar: _Bar) -> None:
+    def _loop(self, shown: Bar) -> None:
         """Steps, evaluations and checkpoints, in this order, until the last step or an early stop."""
         p, epoch = self.progress, self._batches_per_epoch / self.settings.accumulate
         every = max(1, round(epoch * (self.settings.evaluate_every or math.inf))) if self.evaluate else 0
@@ -146,7 +146,7 @@ class Trainer:
             for name, loss in losses.items():
                 said[name] = loss
             p.step += 1
-            bar.update(p.step, losses)
+            shown.update(p.step, losses)
             if p.step % self.settings.log_every == 0 or p.step == p.steps:
                 speed = tokens / (time.monotonic() - since)
                 self._record({**self._losses(said), "grad_norm": norm, "tokens_per_second": round(speed)})
@@ -155,12 +155,14 @@ class Trainer:
             if measured:
                 self._measure()
             wanted = self.settings.checkpoint_every
-            late = time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
+            interrupted, late = any_of(
+                self._interrupted.is_set(), time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
+            )
             due = measured or late if wanted is None else p.step % wanted == 0
-            if due or self._interrupted.is_set() or p.stopped or p.step == p.steps:
+            if due or interrupted or p.stopped or p.step == p.steps:
                 self._save()
                 saved = time.monotonic()
-            if self._interrupted.is_set():
+            if interrupted:
                 raise KeyboardInterrupt(f"stopped after step {p.step} of {p.steps}; a checkpoint is saved")
 
     def _step(self) -> tuple[dict[str, Tensor], float, int]:
@@ -188,7 +190,8 @@ class Trainer:
                 means[name] = means.get(name, 0) + mean.detach()
                 total = total + weights[name] * mean
             if isinstance(total, Tensor) and total.requires_grad:
-                self.accelerator.backward(total)
+                self.accelerator.backward(total / world())  # each process has the whole loss
+        sum_gradients(list(self.parameters.values()))
         norm = self._descend(done, weights, batches)
         return means, norm, sum(_ids_in(batch) for batch in batches)
 
@@ -213,10 +216,11 @@ class Trainer:
                 losses = self.graph(batch, done)
                 if name in losses and losses[name].loss.requires_grad:
                     losses[name].loss.sum().backward()
-                    if any(
-                        p.grad is not None and not p.grad.isfinite().all() for p in self.parameters.values()
-                    ):
-                        return f"losses.{name}"
+                (bad,) = any_of(
+                    any(p.grad is not None and not p.grad.isfinite().all() for p in self.parameters.values())
+                )
+                if bad:
+                    return f"losses.{name}"
         return "the sum of all losses"
 
     def _batch(self, place: int) -> Batch:
@@ -240,10 +244,11 @@ class Trainer:
         value = -math.inf if math.isnan(value) else value  # a correlation that is not defined
         if p.best is None or value > p.best:
             p.best, p.best_step, p.without_better, p.dev = value, p.step, 0, metrics
-            self._best.mkdir(parents=True, exist_ok=True)
-            partial = self._best / "partial.safetensors"
-            save_parameters(partial, self.parameters)
-            partial.replace(self._best / "model.safetensors")
+            if is_first():
+                self._best.mkdir(parents=True, exist_ok=True)
+                partial = self._best / "partial.safetensors"
+                save_parameters(partial, self.parameters)
+                partial.replace(self._best / "model.safetensors")
         else:
             p.without_better += 1
             if self.settings.patience and p.without_better >= self.settings.patience:
@@ -262,33 +267,33 @@ class Trainer:
     def _best(self) -> Path:
         return self._checkpoints / "best"
 
-    @property
-    def _history(self) -> Path:
-        return self.folder / "history.jsonl"
-
     def _save(self) -> None:
         folder = self._checkpoints / f"step-{self.progress.step:08d}"
         if not all(parameter.isfinite().all() for parameter in self.parameters.values()):
             raise RunError(self._diverged("the parameters are not finite", self.progress.step))
-        state = {"progress": vars(self.progress), "precision": self.precision}
+        state = {"progress": vars(self.progress), "precision": self.precision, "processes": world()}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         save_checkpoint(folder, self.parameters, self.optimizer.optimizer, state)
-        keep_newest(self._checkpoints, folder)
+        if is_first():
+            keep_newest(self._checkpoints, folder)
 
     def _resume(self, checkpoint: Path) -> None:
         state = load_checkpoint(checkpoint, self.parameters, self.optimizer.optimizer)
         self.progress = Progress(**state["progress"])
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self._history.exists():  # lines after the checkpoint will be written again
-            with self._history.open("r+b") as history:
-                history.truncate(self.progress.history_bytes)
+        self._history.cut(self.progress.history_bytes)
+        for what, before, now in (
+            ("precision", state["precision"], self.precision),
+            ("processes", state.get("processes", 1), world()),
+        ):
+            if before != now:
+                log.warning(
+                    "the checkpoint was left by a training with %s %s, and it goes on with %s: it will not "
+                    "end bit for bit where it would have ended.", what, before, now,
+                )  # fmt: skip
         log.info("going on from step %d of %d", self.progress.step, self.progress.steps)
-
-    def _start_history(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._history.write_bytes(b"")
 
     def _losses(self, said: Mapping[str, Tensor]) -> dict[str, float]:
         done = (self.progress.step - 1) / self.progress.steps
@@ -304,10 +309,7 @@ class Trainer:
             "epoch": round(p.step * self.settings.accumulate / self._batches_per_epoch, 4),
         }
         rate = self.settings.learning_rate * self._rate(p.step - 1)
-        line = json.dumps({**place, "learning_rate": rate, **values}) + "\n"
-        with self._history.open("ab") as history:
-            history.write(line.encode())
-            p.history_bytes = history.tell()
+        p.history_bytes = self._history.write({**place, "learning_rate": rate, **values})
         if self.settings.trackers:
             self.accelerator.log(dict(values), step=p.step)
 
@@ -335,7 +337,7 @@ class Trainer:
             self.optimizer.zero_grad()
             times.append((time.monotonic() - start) * self.settings.accumulate)
         torch.set_rng_state(state)
-        each = sorted(times)[len(times) // 2] * 1.15  # the optimiser's own share
+        each = from_first(sorted(times)[len(times) // 2] * 1.15)  # the optimiser's own share
         minutes = self.settings.minutes or 0.0
         fits = max(1, int(minutes * 60 / each))
         log.info(
@@ -345,42 +347,7 @@ class Trainer:
         p.steps = min(p.steps, fits)
 
     def _rate(self, step: int) -> float:
-        """The learning rate's factor at a step: up over the warm-up, then by the schedule."""
-        warmup = round(self.settings.warmup * self.progress.steps)
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        rest = (step - warmup) / max(1, self.progress.steps - warmup)
-        return {"constant": 1.0, "linear": 1.0 - rest, "cosine": 0.5 * (1.0 + math.cos(math.pi * rest))}[
-            self.settings.schedule
-        ]
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """AdamW; vectors (biases, norms) do not decay."""
-        groups: dict[tuple[float, float], list[Tensor]] = {}
-        for name, parameter in self.parameters.items():
-            rate = next(
-                (
-                    r
-                    for node, r in self.settings.learning_rates.items()
-                    if name.startswith(f"node_modules.{node}.")
-                ),
-                self.settings.learning_rate,
-            )
-            decay = self.settings.weight_decay if parameter.dim() > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
-        if unknown := sorted(set(self.settings.learning_rates) - self.graph.trained):
-            trained = sorted(self.graph.trained)
-            raise RecipeError(
-                f"train.learning_rates: '{unknown[0]}' is not a trained model; these are: "
-                f"{', '.join(trained)}.{nearest(unknown[0], trained)}"
-            )
-        return torch.optim.AdamW(
-            [
-                {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
-                for (rate, decay), parameters in groups.items()
-            ],
-            fused=True,
-        )
+        return rate_at(step, self.progress.steps, self.settings)
 
     def _diverged(self, what: str, step: int) -> str:
         kept = latest(self._checkpoints)
@@ -392,34 +359,6 @@ class Trainer:
             f"arrow's temperature and its teacher's scores."
         )
 
-    @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        """The first Ctrl-C ends after the step at hand, the second one at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, frame: Any) -> None:
-            if self._interrupted.is_set():
-                raise KeyboardInterrupt
-            self._interrupted.set()
-            log.info("stopping after this step; once more stops at once")
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    @contextmanager
-    def _bar(self) -> Iterator[_Bar]:
-        bar = _Bar(self.progress.steps, self.progress.step)
-        try:
-            yield bar
-        finally:
-            bar.close()
-
 
 def steps_of(settings: TrainSettings, batches_per_epoch: int) -> int:
     """Optimiser steps in all, unless ``minutes`` cuts them."""
@@ -428,32 +367,11 @@ def steps_of(settings: TrainSettings, batches_per_epoch: int) -> int:
     return max(1, round(settings.epochs * batches_per_epoch / settings.accumulate))
 
 
-class _Bar:
-    """A bar on a terminal; in a log, a line at each twentieth of the way."""
-
-    def __init__(self, steps: int, step: int):
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
-        self._every, self._steps = max(1, steps // 20), steps
-
-    def update(self, step: int, losses: Mapping[str, Tensor]) -> None:
-        self._bar.update(1)
-        if self._bar.disable:
-            if step % self._every == 0:
-                words = ", ".join(f"{name} {float(loss):.4f}" for name, loss in losses.items())
-                log.info("step %d of %d: %s", step, self._steps, words)
-        elif step % 10 == 0:
-            self._bar.set_postfix({name: f"{float(loss):.3f}" for name, loss in losses.items()})
-
-    def close(self) -> None:
-        self._bar.close()
-
-
 def _accelerator(settings: TrainSettings, folder: Path):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
 
+    start()
     precision = resolve_precision(settings.mixed_precision, PartialState().device)
     if precision == "fp16" and PartialState().device.type == "cpu":
         raise RecipeError("train.mixed_precision: fp16 needs a GPU; leave it at auto, or take bf16.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, TypeGuard, cast
 
 import numpy as np
@@ -16,6 +17,7 @@ from distill.data.judged import Judged, TextTable
 from distill.data.negatives import WORDS
 from distill.evaluation.search import search, top
 from distill.model import Encoder
+from distill.processes import gather, in_shares, share
 
 
 class PairScorer(Protocol):
@@ -36,14 +38,19 @@ def score(
         parts = zip(q.split(2**14), c.split(2**14), strict=True)
         return torch.cat([torch.empty(0), *((queries[i] * candidates[j]).sum(dim=1) for i, j in parts)])
     pair, place = torch.unique(query * len(judged.candidates) + candidate, return_inverse=True)
-    said, scorer = [torch.empty(0)], cast(PairScorer, model)
-    with serving(model), tqdm(total=len(pair), desc="score pairs", disable=not progress) as bar:
-        for part in pair.split(2**12):
-            asked = [judged.queries.texts[row] for row in (part // len(judged.candidates)).tolist()]
-            answers = [judged.candidates.texts[row] for row in (part % len(judged.candidates)).tolist()]
-            said.append(scorer.score_pairs(asked, answers).float().cpu())
-            bar.update(len(part))
-    return torch.cat(said)[place]
+    scorer = cast(PairScorer, model)
+
+    def scores(pairs: Tensor) -> Tensor:
+        said = [torch.empty(0)]
+        with serving(model), tqdm(total=len(pairs), desc="score pairs", disable=not progress) as bar:
+            for part in pairs.split(2**12) if len(pairs) else ():
+                asked = [judged.queries.texts[row] for row in (part // len(judged.candidates)).tolist()]
+                answers = [judged.candidates.texts[row] for row in (part % len(judged.candidates)).tolist()]
+                said.append(scorer.score_pairs(asked, answers).float().cpu())
+                bar.update(len(part))
+        return torch.cat(said)
+
+    return in_shares(scores, pair)[place]
 
 
 def score_listed(model: Encoder | PairScorer, judged: Judged, progress: bool = False) -> Tensor:
@@ -76,7 +83,8 @@ def _encoded(
     """Vectors [u, D] of the distinct ones of ``rows`` [T], and which of them each row is [T]."""
     distinct, place = torch.unique(rows, return_inverse=True)
     with serving(model):
-        return encode([table.texts[row] for row in distinct.tolist()], progress=progress), place
+        texts = [table.texts[row] for row in distinct.tolist()]
+        return in_shares(partial(encode, progress=progress), texts), place
 
 
 def searched(
@@ -89,18 +97,20 @@ def searched(
     """
     place_of = id_rank(judged.candidates)
     by_id = place_of.argsort()
-    texts = judged.candidates.same_text[by_id]
-    by_text = texts.argsort(stable=True)
-    repeats = torch.unique_consecutive(texts[by_text], return_counts=True)[1]
+    text = judged.candidates.same_text[by_id]
+    by_text = text.argsort(stable=True)
+    repeats = torch.unique_consecutive(text[by_text], return_counts=True)[1]
     groups = Ragged.of_lengths(by_id[by_text], repeats)  # candidates with one text, in order of id
     groups = groups.select(place_of[groups.values[groups.offsets[:-1]]].argsort())
     firsts = groups.values[groups.offsets[:-1]].tolist()
     with serving(model):
-        vectors = model.encode_candidates([judged.candidates.texts[row] for row in firsts], progress=progress)
+        texts = [judged.candidates.texts[row] for row in firsts]
+        vectors = in_shares(partial(model.encode_candidates, progress=progress), texts)
     queries, place = _encoded(
         model.encode_queries, judged.queries, judged.queries.same_text[kept], progress, model
     )
-    scores, found = search(queries, vectors, depth)
+    scores, found = search(queries[share(len(queries))], vectors, depth)
+    scores, found = gather(scores), gather(found)
     group = found[place].flatten()
     sizes = groups.lengths[group]
     query = kept.repeat_interleave(found.shape[1]).repeat_interleave(sizes)
@@ -123,10 +133,11 @@ def first_of_bm25(judged: Judged, kept: Tensor, k: int) -> tuple[Tensor, Tensor]
     index = bm25s.BM25()
     index.index(words([judged.candidates.texts[row] for row in by_id.tolist()]), show_progress=False)
     found = []
-    for text in words([judged.queries.texts[row] for row in kept.tolist()]):
+    for text in words([judged.queries.texts[row] for row in kept[share(len(kept))].tolist()]):
         scores = index.get_scores(text) if text else np.zeros(len(by_id), dtype=np.float32)
         found.append(by_id[top(torch.from_numpy(scores)[None], k)[1][0]])
-    return kept.repeat_interleave(min(k, len(by_id))), torch.cat([torch.empty(0, dtype=torch.int64), *found])
+    first = gather(torch.cat([torch.empty(0, dtype=torch.int64), *found]))
+    return kept.repeat_interleave(min(k, len(by_id))), first
 
 
 def query_of(listed: Ragged) -> Tensor:

@@ -48,9 +48,9 @@ def last_line(name, tiny_bert, data, tmp_path, *options):
     """What ``benchmarks/NAME.py --quick`` prints last, parsed; the same must be in the file it writes."""
     BiEncoder(tiny_bert()).save_pretrained(tmp_path / "model")
     written = tmp_path / "result.json"
-    always = ["--quick", "--device", "cpu", "--rounds", "1", "--model", str(tmp_path / "model")]
+    always = ["--quick", "--model", str(tmp_path / "model"), "--output", str(written)]
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / f"{name}.py"), *always, "--output", str(written), *options],
+        [sys.executable, str(BENCHMARKS / f"{name}.py"), *always, *options],
         env={**os.environ, "DISTILL_DATA": str(data), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -60,12 +60,19 @@ def last_line(name, tiny_bert, data, tmp_path, *options):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result == json.loads(written.read_text())
     assert result["benchmark"] == name and result["machine"]["threads"] == 1
+    return result
+
+
+def last_line_beside_a_peer(*given):
+    result = last_line(*given, "--device", "cpu", "--rounds", "1")
     assert result["peak_tflops"]["float32"] > 0
     return result
 
 
 def test_training(tiny_bert, data, tmp_path):
-    result = last_line("train_text", tiny_bert, data, tmp_path, "--steps", "2", "--curve-steps", "3")
+    result = last_line_beside_a_peer(
+        "train_text", tiny_bert, data, tmp_path, "--steps", "2", "--curve-steps", "3"
+    )
     sides = result["sides"]
     assert set(sides) == {"peer", "ours", "peer_bf16", "ours_float32"}
     speed = {name: side["tokens_per_second"] for name, side in sides.items()}
@@ -84,7 +91,9 @@ def test_training(tiny_bert, data, tmp_path):
 
 
 def test_encoding(tiny_bert, data, tmp_path):
-    result = last_line("encode_text", tiny_bert, data, tmp_path, "--texts", "20", "--documents", "10")
+    result = last_line_beside_a_peer(
+        "encode_text", tiny_bert, data, tmp_path, "--texts", "20", "--documents", "10"
+    )
     sets = result["sets"]
     assert (sets["short"]["texts"], sets["long"]["texts"]) == (20, 10)
     assert result["ratio"] == min(sets["short"]["ratio"], sets["long"]["ratio"])
@@ -94,3 +103,11 @@ def test_encoding(tiny_bert, data, tmp_path):
         assert found["ratio"] == pytest.approx(
             found["ours"]["texts_per_second"] / found["peer"]["texts_per_second"], rel=1e-2
         )
+
+
+def test_memory_with_a_cached_gradient(tiny_bert, data, tmp_path):
+    result = last_line("gradient_cache", tiny_bert, data, tmp_path)
+    assert result["queries"] == 64 and result["cached"]["rows"] == 32
+    assert [one["rows"] for one in result["without"]] == [None, None]
+    assert result["peak_gb"] == result["cached"]["peak_gb"] >= result["cached"]["loaded_gb"] > 0
+    assert result["cached"]["ids"] > result["without"][1]["ids"] > result["without"][0]["ids"] > 0

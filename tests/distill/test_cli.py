@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from distill.cli import main
+from distill.lock import only_run_in
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 TOPICS = ["river water ship", "cell protein gene", "wing flow jet", "music book film", "cat dog bird"]
@@ -194,6 +195,29 @@ def test_check_says_what_a_run_will_do_and_cost(here):
     assert "cross is asked once about 8 pairs" in done.out
     assert "cross is asked 24 pairs again each epoch" in done.out  # 8 queries with 3 candidates
     assert not here.runs.exists()
+
+
+def test_check_says_what_a_cached_gradient_costs(here):
+    done = here("check", here.recipe({"models.cross.train": True}), "train.gradient_cache=3")
+    assert "student caches its gradient: up to 6 chunks of 3 texts a batch, each read twice" in done.out
+    refused = here("check", here.recipe(), "train.gradient_cache=0")
+    assert refused.code == 2 and "train.gradient_cache" in refused.err
+
+
+def test_a_second_run_in_a_folder_is_refused(here):
+    with only_run_in(here.runs / "tiny"):
+        done = here("run", here.recipe())
+    assert done.code == 2
+    said = f"tiny is in use: process {os.getpid()} on "
+    assert said in done.err and "give this run a name of its own (name=...)" in done.err
+
+
+def test_a_launcher_that_starts_one_process_of_several_is_named(monkeypatch):
+    """``accelerate launch --cpu --num_processes 2`` starts one, and says nothing."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert distill("list", "recipes").err == ""
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert "accelerate launch --multi_gpu --num_processes N" in distill("list", "recipes").err
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

@@ -1,0 +1,118 @@
+"""Where a training stands, and how it is shown, written down and stopped. Next: ``trainer.py``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from distill.processes import is_first, world
+
+log = logging.getLogger("distill")
+
+
+@dataclass
+class Progress:
+    """Where a training stands; all of it is in a checkpoint."""
+
+    step: int = 0
+    steps: int = 0  # in all
+    best: float | None = None
+    best_step: int = 0
+    without_better: int = 0  # evaluations since the best
+    history_bytes: int = 0
+    dev: dict[str, float] = field(default_factory=dict)  # of the best step
+    stopped: str = ""  # why it ended before its last step
+
+
+class History:
+    """``history.jsonl``, a line per logged step; the first process writes it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def start(self) -> None:
+        if is_first():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_bytes(b"")
+
+    def cut(self, size: int) -> None:
+        """Take away what comes after ``size`` bytes: it will be written again."""
+        if is_first() and self.path.exists():
+            with self.path.open("r+b") as history:
+                history.truncate(size)
+
+    def write(self, line: Mapping[str, Any]) -> int:
+        """Write a line; returns the bytes that there are then (0 where this process does not write)."""
+        if not is_first():
+            return 0
+        with self.path.open("ab") as history:
+            history.write((json.dumps(line) + "\n").encode())
+            return history.tell()
+
+
+class Bar:
+    """A bar on a terminal; in a log, a line at each twentieth of the way."""
+
+    def __init__(self, steps: int, step: int):
+        from tqdm import tqdm
+
+        hidden = None if is_first() else True
+        self._bar = tqdm(total=steps, initial=step, unit="step", disable=hidden, dynamic_ncols=True)
+        self._every, self._steps = max(1, steps // 20), steps
+
+    def update(self, step: int, losses: Mapping[str, Tensor]) -> None:
+        self._bar.update(1)
+        if self._bar.disable:
+            if step % self._every == 0:
+                words = ", ".join(f"{name} {float(loss):.4f}" for name, loss in losses.items())
+                log.info("step %d of %d: %s", step, self._steps, words)
+        elif step % 10 == 0:
+            self._bar.set_postfix({name: f"{float(loss):.3f}" for name, loss in losses.items()})
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+@contextmanager
+def bar(steps: int, step: int) -> Iterator[Bar]:
+    shown = Bar(steps, step)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+@contextmanager
+def stoppable(interrupted: threading.Event) -> Iterator[None]:
+    """Ctrl-C, or a SIGTERM, sets ``interrupted``; a second one ends at once.
+
+    With several processes a second one changes nothing: a launcher passes on what its terminal has sent
+    already, and kills those who do not end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        if interrupted.is_set():
+            if world() == 1:
+                raise KeyboardInterrupt
+            return
+        interrupted.set()
+        log.info("stopping after this step%s", "; once more stops at once" if world() == 1 else "")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,213 @@
+"""One optimiser step of several little graphs, in this process or in each of several: run as a module."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from distill import processes
+from distill.batch import Ragged
+from distill.data import Judged, RandomNegatives, TextSource, TextTable
+from distill.graph import Arrow, DistillationGraph
+from distill.model import Model
+from distill.objectives import EmbeddingMatch, MarginMSE, PointwiseScore, SampledSoftmax, ScoreKL
+from distill.outputs import Needs, Outputs
+from tests.distill.test_trainer import Bag, Words, judged, stopping, trainer
+
+
+class Cross(Model):
+    """Scores each listed pair by a bag of both texts' words, and says nothing else."""
+
+    reads = ((Words(),), (Words(),))
+    provides = frozenset({"scores"})
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.bag, self.head = Bag(3, dropout), nn.Linear(6, 1)
+
+    def represent(self, batch, needs):
+        rows, places = batch.mask.nonzero(as_tuple=True)
+        queries = batch.queries["words"].select(rows)
+        candidates = batch.candidates["words"].select(batch.index[rows, places])
+        said = self.head(self.bag.vectors(Ragged.join([queries, candidates])).tanh())[:, 0]
+        scores = said.new_zeros(batch.mask.shape)
+        scores[rows, places] = said
+        return Outputs(scores=scores)
+
+    def save_pretrained(self, folder):
+        raise NotImplementedError
+
+
+class Head(Model):
+    """Built from the student: its scores through one learned matrix."""
+
+    reads = ((), ())
+    provides = frozenset({"scores"})
+    of = ("student",)
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def of_needs(self, needs):
+        return Needs("queries", "candidates")
+
+    def represent_of(self, heard, batch, needs):
+        said = heard["student"]
+        return Outputs(scores=(said.candidates[batch.index] * self.linear(said.queries)[:, None]).sum(-1))
+
+    def represent(self, batch, needs):
+        raise AssertionError("it hears the student")
+
+    def save_pretrained(self, folder):
+        raise NotImplementedError
+
+
+class Scaled(Bag):
+    """A Bag whose comparison has a parameter of its own, and whose represent says only what it is asked."""
+
+    def __init__(self, seed, dropout=0.0):
+        super().__init__(seed, dropout)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def represent(self, batch, needs):
+        said = super().represent(batch, needs)
+        wanted = self.represents(needs).fields
+        return Outputs(**{name: value for name, value in said.given() if name in wanted})
+
+    def compare(self, outputs, batch, needs):
+        said = super().compare(outputs, batch, needs)
+        return said.with_(scores=said.scores * self.scale, in_batch=said.in_batch * self.scale)
+
+
+def texts():
+    """A source without queries."""
+    table = TextTable([str(i) for i in range(9)], [f"w{i} y{i % 2}" for i in range(9)])
+    made = TextSource(
+        Judged(task="texts", queries=TextTable([], []), candidates=table, listed=Ragged.of([])), 5
+    )
+    made.prepare([Words()], [Words()])
+    return made
+
+
+def drawn():
+    """Queries whose lists end in candidates that were drawn at random: some of them several times a batch."""
+    made = TextSource(judged(), 8, candidates=8, negatives=[RandomNegatives(count=3)], seed=5)
+    made.prepare([Words()], [Words()])
+    return made
+
+
+def case(name, dropout=0.0):
+    """A graph and the source it is trained on."""
+    labels = Arrow("labels", SampledSoftmax(temperature=1.0), "student")
+    teach = {"student": Scaled(1, dropout), "teacher": Bag(2)}
+    both = {"student": Scaled(1, dropout), "peer": Scaled(4, dropout)}
+    nodes, arrows = {
+        "in_batch": (
+            teach,
+            [labels, Arrow("scores", ScoreKL(in_batch=True), "student", "teacher", weight=0.5)],
+        ),
+        "lists": (
+            teach,
+            [
+                Arrow("scores", ScoreKL(), "student", "teacher"),
+                Arrow("margins", MarginMSE(), "student", "teacher", weight=0.1),
+            ],
+        ),
+        "vectors": (teach, [labels, Arrow("vectors", EmbeddingMatch(projection=True), "student", "teacher")]),
+        "pairs": (
+            {"student": Cross(dropout), "teacher": Bag(2)},
+            [
+                Arrow("labels", SampledSoftmax(temperature=1.0, in_batch=False), "student"),
+                Arrow("points", PointwiseScore(), "student", "teacher"),
+            ],
+        ),
+        "taught": (  # a cross-encoder that is trained beside the student, and is not detached
+            {"student": Scaled(1, dropout), "peer": Cross(dropout)},
+            [labels, Arrow("scores", ScoreKL(), "student", "peer", detach=False)],
+        ),
+        "cycle": (
+            both,
+            [
+                labels,
+                Arrow("there", ScoreKL(), "student", "peer"),
+                Arrow("back", ScoreKL(), "peer", "student", detach=False),
+            ],
+        ),
+        "built": (
+            {"student": Scaled(1, dropout), "head": Head()},
+            [
+                labels,
+                Arrow("head", SampledSoftmax(temperature=1.0, in_batch=False), "head"),
+                Arrow("scores", ScoreKL(), "student", "head"),
+            ],
+        ),
+        "texts": (teach, [Arrow("vectors", EmbeddingMatch(fields=["candidates"]), "student", "teacher")]),
+    }[name]
+    torch.manual_seed(7)
+    graph = DistillationGraph(nodes, arrows, {"student", *({"peer", "head"} & nodes.keys())})
+    given = texts() if name == "texts" else drawn()
+    return graph, given
+
+
+CASES = ("in_batch", "lists", "vectors", "pairs", "taught", "cycle", "built", "texts")
+
+
+def step(name, cache=None, dropout=0.0, **settings):
+    """Losses and summed gradients of the first optimiser step, of two batches, the last a small one."""
+    graph, given = case(name, dropout)
+    found = {}
+
+    def keep(*_):
+        found.update({n: p.grad.clone() for n, p in graph.trainable().items() if p.grad is not None})
+        return 0.0
+
+    with tempfile.TemporaryDirectory() as folder:
+        it = trainer(folder, graph, given, accumulate=2, gradient_cache=cache, **settings)
+        it._descend = keep
+        torch.manual_seed(3)
+        losses, _, _ = it._step()
+    return {f"loss/{n}": loss for n, loss in losses.items()} | found
+
+
+def interrupted(rank, place):
+    """A source that is stopped by Ctrl-C in one process while its ``place``-th batch is made."""
+    made = drawn()
+    return stopping(made, place) if rank == 0 else made
+
+
+def fit(folder, given=None):
+    """Train with dropout for four epochs of two batches: the weights it ends with, or None if stopped."""
+    graph, _ = case("taught", dropout=0.3)
+    try:
+        trainer(folder, graph, given or drawn(), epochs=4, gradient_cache=3, checkpoint_every=100).fit()
+    except KeyboardInterrupt:
+        return {}
+    return {name: p.detach().clone() for name, p in graph.trainable().items()}
+
+
+def main(folder):
+    """What each process finds, as ``RANK.safetensors``; ``stopped`` is left as it was after Ctrl-C."""
+    processes.start()
+    rank, found = processes.rank(), {"world": torch.tensor(processes.world())}
+    for cache in (None, 3):
+        for name in CASES:
+            found |= {f"{name}|{cache}|{key}": value for key, value in step(name, cache).items()}
+    found |= {f"whole|{name}": value for name, value in fit(folder / "whole").items()}
+    for kept in ("stopped", "resumed"):
+        assert not fit(folder / kept, interrupted(rank, 3))
+    found |= {f"resumed|{name}": value for name, value in fit(folder / "resumed").items()}
+    rows = torch.arange(rank + 1)[:, None] + 10 * rank
+    found["gathered"] = processes.gather(rows)
+    found["in_shares"] = processes.in_shares(lambda part: torch.tensor([2 * x for x in part]), list(range(7)))
+    assert processes.from_first(rank) == 0
+    assert processes.any_of(rank == 1, False) == (True, False)
+    save_file(found, folder / f"{rank}.safetensors")
+    processes.end()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
