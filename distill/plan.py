@@ -86,7 +86,7 @@ class Plan:
     def costs(self) -> list[str]:
         """What each node reads: ids per epoch where it is trained, texts or pairs where it is asked once."""
         asked = self.graph.asked(self.graph.arrows)
-        lines = []
+        lines: list[str] = []
         for name, source in text_sources(self.source).items():
             where = f"{name}: " if len(self.data) > 1 else ""
             for node in asked:

@@ -191,7 +191,7 @@ class HardNegatives(Negatives):
             for name in self.limits.given.keys() - {"keep_below"}:
                 yield f"{name}: the data has no labels, so no positive to keep it from; leave it out."
         if not len(judged.queries):
-            yield "the data has texts only, and no query to mine for; leave it out."
+            yield "type: the data has texts only, and no query to mine for; leave the sampler out."
 
     def costs(self, graph: DistillationGraph, judged: Judged, queries: Tensor) -> Iterator[str]:
         asked = judged.queries.same_text[queries].unique()
