@@ -102,10 +102,11 @@ def recall(encoder: Generated, judged: Judged, sampler: NearestNegatives, some: 
     rows = torch.cat([part for _, part in found], dim=1)
     best = rows.gather(1, scores.topk(k, dim=1).indices)
     hits = [
-        len(set(mined) & set(exact)) / max(1, len(mined))
+        len(set(mined) & set(exact)) / len(mined)
         for mined, exact in zip(sampler.mined.rows.tolist(), best.tolist(), strict=False)
+        if mined  # some query may have lost all to the margin
     ]
-    return sum(hits) / max(1, len(hits))
+    return sum(hits) / len(hits)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

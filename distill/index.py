@@ -222,8 +222,9 @@ def nearest(
     scores, rows = scores[:, :k].copy(), rows[:, :k].copy()
     while len(open_ends) and wide < count:
         wide = min(2 * wide, count)
-        still = []
-        for part in np.array_split(open_ends, min(len(open_ends), -(-len(open_ends) * wide // TIED))):
+        still, size = [], max(1, TIED // wide)
+        for start in range(0, len(open_ends), size):
+            part = open_ends[start : start + size]
             more_scores, more_rows = _ordered(find, queries[part], wide)
             still.append(part[(more_scores[:, k - 1] == more_scores[:, -1]) & (more_rows[:, -1] >= 0)])
             scores[part], rows[part] = more_scores[:, :k], more_rows[:, :k]
