@@ -3,9 +3,9 @@
     python benchmarks/mine_negatives.py --output mine_negatives.cpu.json
 
 An encoder that generates its vectors stands for a real one: what is measured is the search, its files and
-its lists (``distill.data.NearestNegatives`` with a margin), in a process of its own. The last line is a JSON
-object; ``peak_gb`` is the most memory that the process ever held, vectors and libraries included, and
-``recall`` the share of what was mined that is among the exact neighbours of its query.
+its lists (``distill.data.NearestNegatives``, its scores checked), in a process of its own. The last line is
+a JSON object; ``peak_gb`` is the most memory that the process ever held, vectors and libraries included,
+and ``recall`` the share of what was mined that is among the exact neighbours of its query.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def recall(encoder: Generated, judged: Judged, sampler: NearestNegatives, some: 
     hits = [
         len(set(mined) & set(exact)) / len(mined)
         for mined, exact in zip(sampler.mined.rows.tolist(), best.tolist(), strict=False)
-        if mined  # some query may have lost all to the margin
+        if mined
     ]
     return sum(hits) / len(hits)
 
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     before = peak_gb()
     judged = generated(rows, queries)
     encoder = Generated(arguments.dim)
-    sampler = NearestNegatives("teacher", 7, top=100, relative_margin=0.05)
+    sampler = NearestNegatives("teacher", 7, top=100, keep_below=0.9, strata=4)
     sampler.prepare(judged)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("distill")
 
-QUERIES_AT_ONCE = 4096  # whose candidates are in memory before they are checked
+QUERIES_AT_ONCE = 4096  # searched together; what an interrupted mining has to do again
+CHECKED_AT_ONCE = 256  # the same, where each pair is read by a model: about 25,000 pairs
 
 
 class HardNegatives(Negatives):
@@ -250,13 +251,17 @@ class HardNegatives(Negatives):
         asked = self.judged.queries.same_text[queries].unique()
         search = self._search(graph, folder)
         judge = self._judge(graph, folder, search)
+        size = CHECKED_AT_ONCE if isinstance(judge, Pairs) else QUERIES_AT_ONCE
         parts = []
-        for number, block in enumerate(asked.split(QUERIES_AT_ONCE)):
-            path = folder / f"queries-{QUERIES_AT_ONCE}-{number:05}.arrow"
+        for number, block in enumerate(asked.split(size)):
+            path = folder / f"queries-{size}-{number:05}.arrow"
             if (part := _load(path, key, state)) is None:
                 part = self._block(block, search, judge)
                 part.save(path, key, state)
             parts.append(part)
+            if len(asked) > size:
+                done = min(len(asked), (number + 1) * size)
+                log.info("mining: %s of %s queries have their lists", f"{done:,}", f"{len(asked):,}")
         mined = Mined.join(parts)
         shutil.rmtree(folder, ignore_errors=True)
         if not len(mined.ranks):

@@ -441,6 +441,31 @@ def test_an_interrupted_mining_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(calls) == 5 + 2 * 3
 
 
+def test_pairs_that_were_read_are_not_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(hard_negatives, "CHECKED_AT_ONCE", 10)
+    data = random_judged(25, 90)
+
+    class Dies(Reader):
+        dies = True
+
+        def score_pairs(self, queries, candidates):
+            if self.dies and len(self.asked) > 60:
+                raise KeyboardInterrupt
+            return super().score_pairs(queries, candidates)
+
+    def mine(reader):
+        sampler = NearestNegatives("teacher", 1, top=5, checked_by="reader", keep_below=0.5)
+        refreshed(sampler, tmp_path, data, graph(reader=reader))
+
+    first, second = Dies({}), Dies({})
+    with pytest.raises(KeyboardInterrupt):
+        mine(first)
+    Dies.dies = False
+    mine(second)
+    queries = [{query for query, _ in reader.asked} for reader in (first, second)]
+    assert len(queries[0]) == 20 and len(queries[1]) == 5 and not queries[0] & queries[1]
+
+
 # what is refused
 
 
