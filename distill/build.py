@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,10 @@ class Builder:
             self._check_call(node, where, SOURCE_KEYS, TextData)
             if isinstance(node, Mapping) and not isinstance(node.get("negatives", []), list):
                 self.problems.append(f"{where}.negatives: it should be a list of samplers.")
+            for i, key, model in self._nodes_of_samplers(node):
+                if model not in recipe.models:
+                    place = f"{where}.negatives[{i}].{key}"
+                    self._say(place, f"there is no model '{model}'.", model, recipe.models)
         for name, node in recipe.models.items():
             self._check_name(name, f"models.{name}", (*RUN_FOLDERS, "labels"))  # no model may be called so
             if set(node) == {"ref"}:
@@ -91,6 +95,18 @@ class Builder:
         if recipe.keep not in recipe.models:
             self._say("keep", f"there is no model '{recipe.keep}' to keep.", recipe.keep, recipe.models)
         return list(dict.fromkeys(self.problems))
+
+    def _nodes_of_samplers(self, node: Any) -> Iterator[tuple[int, str, str]]:
+        """The nodes that a data set's samplers of negatives name: which sampler, by which key, the node."""
+        samplers = node.get("negatives") if isinstance(node, Mapping) else None
+        for i, sampler in enumerate(samplers if isinstance(samplers, list) else []):
+            try:
+                target = self._locate(sampler.get("type"), "") if isinstance(sampler, Mapping) else None
+            except RecipeError:
+                continue  # said with the sampler itself
+            for key in getattr(target, "names_nodes", ()):
+                if isinstance(sampler.get(key), str):
+                    yield i, key, sampler[key]
 
     def build(self, node: Any, where: str) -> Any:
         """Objects for a recipe node that refers to no other node."""
@@ -189,13 +205,15 @@ class Builder:
     def graph(
         self, recipe: Recipe, losses: Mapping[str, Mapping[str, Any]] | None = None
     ) -> DistillationGraph:
-        """The graph of a recipe; with other ``losses``, only of the nodes that these reach."""
+        """The graph of a recipe; with other ``losses``, only of the nodes that these, or the data, reach."""
         arrows, mistakes = [], Mistakes()
         for name, spec in (recipe.losses if losses is None else losses).items():
             with mistakes:
                 arrows.append(self._arrow(name, spec, "losses" if losses is None else "baseline"))
         if losses is not None:
-            recipe = recipe.model_copy(update={"models": reached(recipe, losses)})
+            sets = recipe.data_sets.values()
+            mining = [model for node in sets for _, _, model in self._nodes_of_samplers(node)]
+            recipe = recipe.model_copy(update={"models": reached(recipe, losses, mining)})
         nodes: dict[str, Model] = {}
         trained: set[str] = set()
         with mistakes:
@@ -332,8 +350,10 @@ class Builder:
         self.problems.append(f"{where}: {what}{nearest(str(word), [str(k) for k in known])}")
 
 
-def reached(recipe: Recipe, losses: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The models that some losses name, and those that these are built from."""
+def reached(
+    recipe: Recipe, losses: Mapping[str, Mapping[str, Any]], others: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """The models that some losses name, and ``others``, and those that these are built from."""
     wanted: set[str] = set()
 
     def want(name: str) -> None:
@@ -351,7 +371,8 @@ def reached(recipe: Recipe, losses: Mapping[str, Mapping[str, Any]]) -> dict[str
         for name in (arrow.get("to"), arrow.get("from")):
             if name is not None:
                 want(name)
-    want(recipe.keep)
+    for name in (recipe.keep, *others):
+        want(name)
     return {name: spec for name, spec in recipe.models.items() if name in wanted}
 
 

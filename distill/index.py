@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from distill.errors import DataError, RecipeError, UserError
 from distill.hub.files import atomic_folder, read_json, write_json
 
 VECTORS, ROWS, ABOUT = "vectors.faiss", "candidates.parquet", "index.json"
+TIED = 2**22  # scores held at a time while a tie is followed to its end
 
 
 class Hit(NamedTuple):
@@ -135,7 +136,7 @@ class Index:
             )
         queries = self._ready(queries)
         found = min(k, len(self))
-        scores, rows = self._search(queries, found)
+        scores, rows = nearest(self.faiss_index.search, queries, found, len(self))
         if found < k:
             wide = ((0, 0), (0, k - found))
             scores = np.pad(scores, wide, constant_values=-np.inf)
@@ -200,30 +201,42 @@ class Index:
             return rows
         return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
-    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best, ties by row. Faiss keeps any of the rows that tie at the end of the list, so it is
-        asked for more until the tie ends; an approximate index may still not have seen a tied row."""
-        if not len(queries) or not k:
-            return np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        scores, rows = self._ordered(queries, min(k + 1, len(self)))
-        wide = rows.shape[1]
-        while wide < len(self):
-            open_ends = np.flatnonzero((scores[:, k - 1] == scores[:, wide - 1]) & (rows[:, wide - 1] >= 0))
-            if not len(open_ends):
-                break
-            wide = min(2 * wide, len(self))
-            more_scores, more_rows = self._ordered(queries[open_ends], wide)
-            pad = ((0, 0), (0, wide - scores.shape[1]))
-            scores = np.pad(scores, pad, constant_values=-np.inf)
-            rows = np.pad(rows, pad, constant_values=-1)
-            scores[open_ends], rows[open_ends] = more_scores, more_rows
-        return scores[:, :k], rows[:, :k]
 
-    def _ordered(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        scores, rows = self.faiss_index.search(queries, k)
-        scores = np.where(rows < 0, np.float32(-np.inf), scores)
-        order = np.lexsort((np.where(rows < 0, np.iinfo(np.int64).max, rows), -scores), axis=1)
-        return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+def nearest(
+    find: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]], queries: np.ndarray, k: int, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of ``count`` vectors for each query [q, D], best first and ties by row: scores, rows [q, k].
+
+    Faiss keeps any of the rows that tie at the end of a list, so it is asked for more until the tie ends,
+    for so few queries at a time that memory stays bounded; an approximate index may still not have seen a
+    tied row.
+
+    Args:
+        find: A search of Faiss: queries and k to scores and rows, -1 where fewer were found.
+    """
+    if not len(queries) or not k:
+        return np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+    scores, rows = _ordered(find, queries, min(k + 1, count))
+    wide = rows.shape[1]
+    open_ends = np.flatnonzero((scores[:, k - 1] == scores[:, -1]) & (rows[:, -1] >= 0))
+    scores, rows = scores[:, :k].copy(), rows[:, :k].copy()
+    while len(open_ends) and wide < count:
+        wide = min(2 * wide, count)
+        still, size = [], max(1, TIED // wide)
+        for start in range(0, len(open_ends), size):
+            part = open_ends[start : start + size]
+            more_scores, more_rows = _ordered(find, queries[part], wide)
+            still.append(part[(more_scores[:, k - 1] == more_scores[:, -1]) & (more_rows[:, -1] >= 0)])
+            scores[part], rows[part] = more_scores[:, :k], more_rows[:, :k]
+        open_ends = np.concatenate(still)
+    return scores, rows
+
+
+def _ordered(find: Callable, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    scores, rows = find(queries, k)
+    scores = np.where(rows < 0, np.float32(-np.inf), scores)
+    order = np.lexsort((np.where(rows < 0, np.iinfo(np.int64).max, rows), -scores), axis=1)
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
 def _make(factory: str, dim: int) -> Any:

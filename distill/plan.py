@@ -89,13 +89,16 @@ class Plan:
     def costs(self) -> list[str]:
         """What each node reads: ids per epoch where it is trained, texts or pairs where it is asked once."""
         asked = self.graph.asked(self.graph.arrows)
-        return [
-            line
-            for name, source in text_sources(self.source).items()
-            for node in asked
-            if not self.graph.nodes[node].of
-            for line in self._costs(node, source, f"{name}: " if len(self.data) > 1 else "")
-        ]
+        lines: list[str] = []
+        for name, source in text_sources(self.source).items():
+            where = f"{name}: " if len(self.data) > 1 else ""
+            for node in asked:
+                if not self.graph.nodes[node].of:
+                    lines += self._costs(node, source, where)
+            for sampler in source.negatives:
+                told = sampler.costs(self.graph, source.judged, source.query_rows)
+                lines += [f"{where}{line}" for line in told]
+        return lines
 
     def _costs(self, name: str, source: TextSource, where: str) -> Iterator[str]:
         node, apart = self.graph.nodes[name], isinstance(self.graph.nodes[name], Encoder)
@@ -155,6 +158,7 @@ def plan_of(recipe: Recipe, builder: Builder) -> Plan:
     if graph is not None and len(labelled) == sum("train" in part.splits for part in data.values()):
         with mistakes:
             source = builder.source(recipe, data, heard_by(graph, data))
+            check_samplers(source, graph)
             plan = Plan(recipe, graph, data, source, steps_of(recipe.train, source.steps(0)))
     mistakes.report()
     assert plan is not None  # else there was a mistake
@@ -239,6 +243,17 @@ def check_uses(recipe: Recipe, graph: DistillationGraph) -> None:
             mistakes.add(
                 f"train.learning_rates: all parameters of '{name}' are another node's; set the rate there."
             )
+    mistakes.report()
+
+
+def check_samplers(source: Source, graph: DistillationGraph) -> None:
+    """Refuse samplers of negatives that cannot work with this graph and their data."""
+    mistakes, sources = Mistakes(), text_sources(source)
+    for name, part in sources.items():
+        place = "data" if name == "data" else f"data.{name}"
+        for i, sampler in enumerate(part.negatives):
+            for problem in sampler.problems(graph, part.judged):
+                mistakes.add(f"{place}.negatives[{i}].{problem}")
     mistakes.report()
 
 

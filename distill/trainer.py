@@ -53,13 +53,13 @@ class Trainer:
 
     A run that was interrupted goes on from its newest checkpoint and, on a CPU, ends bit for bit where an
     uninterrupted one ends: order, negatives and candidates are functions of (seed, epoch, step), and what
-    evolves (parameters, optimiser, random numbers) is in the checkpoint.
+    evolves (parameters, optimiser, random numbers) is in the checkpoint, mined lists beside it.
 
     Args:
         graph: Checked, with its arrows.
         source: Where batches come from.
         settings: The ``train`` section of a recipe.
-        folder: Of the run; ``history.jsonl`` and ``checkpoints/`` are written there.
+        folder: Of the run; ``history.jsonl``, ``checkpoints/`` and ``mined/`` are written there.
         evaluate: Measures the kept node on the dev split: metrics by name; None: no dev split.
         select: The metric that decides which step is best.
         steps: Optimiser steps in all; None follows the settings.
@@ -97,6 +97,7 @@ class Trainer:
         self._history = History(self.folder / "history.jsonl")
         self._interrupted = threading.Event()
         self._memory: TeacherMemory | None = None
+        self._refreshed: int | None = None  # the epoch that the source was refreshed for
 
     def fit(self) -> Progress:
         """Train to the end, or go on from the newest checkpoint.
@@ -107,12 +108,12 @@ class Trainer:
         """
         checkpoint = from_first(latest(self._checkpoints))
         torch.manual_seed(self.settings.seed + rank())
-        if checkpoint is None and self.settings.minutes and not self._steps_given:
-            self._fit_to_time()
         if checkpoint is not None:
             self._resume(checkpoint)
         else:
             self._history.start()
+            if self.settings.minutes and not self._steps_given:
+                self._fit_to_time()
         if self.progress.step < self.progress.steps and not self.progress.stopped:
             self._train()
         wait()
@@ -225,6 +226,10 @@ class Trainer:
 
     def _batch(self, place: int) -> Batch:
         epoch, step = divmod(place, self._batches_per_epoch)
+        if epoch != self._refreshed:
+            if figures := self.source.refresh(self.graph, epoch, self.folder / "mined", begun=step > 0):
+                self._record(figures)
+            self._refreshed = epoch
         if self._memory is None:
             self._memory = TeacherMemory(self.graph, text_sources(self.source))
         batch = self._memory.recall(self.source.batch(epoch, step))
@@ -308,7 +313,7 @@ class Trainer:
             "step": p.step,
             "epoch": round(p.step * self.settings.accumulate / self._batches_per_epoch, 4),
         }
-        rate = self.settings.learning_rate * self._rate(p.step - 1)
+        rate = self.settings.learning_rate * self._rate(max(0, p.step - 1))
         p.history_bytes = self._history.write({**place, "learning_rate": rate, **values})
         if self.settings.trackers:
             self.accelerator.log(dict(values), step=p.step)

@@ -2,9 +2,10 @@
 
 from distill.data.documentation import Documentation
 from distill.data.groups import Groups, TextPairs
+from distill.data.hard_negatives import BM25Negatives, HardNegatives, NearestNegatives
 from distill.data.judged import Judged, TextTable, summary
 from distill.data.mixture import Mixture
-from distill.data.negatives import BM25Negatives, Negatives, RandomNegatives
+from distill.data.negatives import Negatives, RandomNegatives
 from distill.data.retrieval import Retrieval
 from distill.data.source import Source, TextSource
 from distill.data.tables import Table, read_table
@@ -16,8 +17,10 @@ __all__ = [
     "BM25Negatives",
     "Documentation",
     "Groups",
+    "HardNegatives",
     "Judged",
     "Mixture",
+    "NearestNegatives",
     "Negatives",
     "RandomNegatives",
     "Retrieval",

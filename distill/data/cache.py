@@ -33,7 +33,7 @@ def unit_hash(text: str, seed: int = 0) -> float:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, in_cache: bool = True) -> Iterator[Path]:
     """A temporary path that becomes ``path`` by rename if all went well, and vanishes if not."""
     temporary = None
     try:
@@ -44,10 +44,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot write the cache ({error}). "
-            f"Free space there, or set DISTILL_CACHE to another folder."
-        ) from error
+        what, other = ("the cache", ", or set DISTILL_CACHE to another folder") if in_cache else ("it", "")
+        raise DataError(f"{path}: cannot write {what} ({error}). Free space there{other}.") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from distill.batch import Batch
 from distill.data.source import Source, generator_of
 
 if TYPE_CHECKING:
+    from distill.graph import DistillationGraph
     from distill.nn.tokenizer import TextColumn
 
 
@@ -40,6 +43,15 @@ class Mixture(Source):
     ) -> None:
         for source in self.sources.values():
             source.prepare(query_columns, candidate_columns)
+
+    def refresh(
+        self, graph: DistillationGraph, epoch: int, folder: Path, begun: bool = False
+    ) -> dict[str, float]:
+        return {
+            f"{name}.{key}": value
+            for name, source in self.sources.items()
+            for key, value in source.refresh(graph, epoch, folder / quote(name, safe=""), begun).items()
+        }
 
     def steps(self, epoch: int) -> int:
         return sum(source.steps(epoch) for source in self.sources.values())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,10 +17,14 @@ from distill.data.judged import Judged, TextTable
 from distill.data.lists import Lists
 from distill.data.negatives import Negatives
 from distill.data.tokens import tokenized
+from distill.errors import UserError
 from distill.outputs import Outputs
 
 if TYPE_CHECKING:
+    from distill.graph import DistillationGraph
     from distill.nn.tokenizer import TextColumn
+
+log = logging.getLogger("distill")
 
 
 def generator_of(*numbers: int) -> torch.Generator:
@@ -42,6 +48,22 @@ class Source(ABC):
         self, query_columns: Sequence[TextColumn] = (), candidate_columns: Sequence[TextColumn] = ()
     ) -> None:
         """Whatever takes long, before the first batch; the columns are those its batches will have."""
+
+    def refresh(
+        self, graph: DistillationGraph, epoch: int, folder: Path, begun: bool = False
+    ) -> dict[str, float]:
+        """Ask the models for what this epoch's batches depend on (mined negatives), and keep it on disk.
+
+        Called before the first batch of an epoch, and when a run that was interrupted goes on inside one.
+
+        Args:
+            folder: What is chosen is written there, and read again by a run that goes on.
+            begun: Batches of this epoch have been learnt from, so the models are not as they were.
+
+        Returns:
+            Figures of what was chosen just now, for the log.
+        """
+        return {}
 
     @abstractmethod
     def steps(self, epoch: int) -> int:
@@ -123,6 +145,24 @@ class TextSource(Source):
             for column in columns:
                 if column.key not in known:
                     known[column.key] = _Tokens.of(table, column)
+
+    def refresh(
+        self, graph: DistillationGraph, epoch: int, folder: Path, begun: bool = False
+    ) -> dict[str, float]:
+        if not self._ready:
+            self.prepare()
+        figures: dict[str, float] = {}
+        for i, sampler in enumerate(self.negatives):
+            where = f"negatives[{i}]"
+            try:
+                told = sampler.refresh(graph, epoch, folder / f"negatives-{i}", self.query_rows, begun)
+            except UserError as error:
+                raise type(error)(f"{self.name}.{where}: {error}") from error
+            if told:
+                words = ", ".join(f"{name} {value:,.4g}" for name, value in told.items())
+                log.info("%s.%s, epoch %d: %s", self.name, where, epoch, words)
+            figures |= {f"{where}/{name}": value for name, value in told.items()}
+        return figures
 
     def steps(self, epoch: int) -> int:
         return -(-len(self._rows) // self.batch_size)

@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from distill.batch import Ragged
+from distill.data.bm25 import WORDS
 from distill.data.judged import Judged, TextTable
-from distill.data.negatives import WORDS
 from distill.evaluation.search import search, top
 from distill.model import Encoder
 from distill.processes import gather, in_shares, share

@@ -220,7 +220,80 @@ def test_a_launcher_that_starts_one_process_of_several_is_named(monkeypatch):
     assert "accelerate launch --multi_gpu --num_processes N" in distill("list", "recipes").err
 
 
+def mined(by: str = "student", **arguments: Any) -> dict[str, Any]:
+    """A recipe's change: hard negatives, of the student unless said otherwise."""
+    return {"data.negatives": [{"type": "distill.data.NearestNegatives", "by": by, "count": 2, **arguments}]}
+
+
+def test_check_says_what_mining_will_cost(here):
+    changes = mined(top=10, every=1, checked_by="cross", margin=0.1) | {"baseline": True}
+    done = here("check", here.recipe(changes))
+    assert done.code == 0, done.err
+    assert "student encodes 20 candidates and 8 queries for negatives, each epoch" in done.out
+    assert (
+        "cross is asked about up to 88 pairs for negatives, each epoch" in done.out
+    )  # 8 x (10 and 1 positive)
+    teacher = {"type": "students.BiEncoder", "checkpoint": str(here.encoder)}
+    done = here("check", here.recipe(mined("teacher") | {"models.teacher": teacher}))
+    assert "teacher encodes 20 candidates and 8 queries for negatives, once" in done.out
+
+
+def test_a_run_mines_at_each_epoch_and_its_baseline_mines_too(here):
+    teacher = {"type": "students.BiEncoder", "checkpoint": str(here.encoder)}
+    negatives = [
+        mined(top=5, every=1, checked_by="cross", strata=2)["data.negatives"][0],
+        mined("teacher", top=5)["data.negatives"][0],
+    ]
+    changes = {"data.negatives": negatives, "models.teacher": teacher, "baseline": True, "train.steps": 4}
+    done = here("run", here.recipe(changes))
+    assert done.code == 0, done.err
+    for folder in (here.runs / "tiny", here.runs / "tiny" / "baseline"):  # `teacher` has no arrow at all
+        found = sorted(path.relative_to(folder / "mined").as_posix() for path in folder.glob("mined/*/*"))
+        assert found == [
+            "negatives-0/epoch-0000.arrow",
+            "negatives-0/epoch-0001.arrow",
+            "negatives-1/epoch-0000.arrow",
+        ]
+    history = (here.runs / "tiny" / "history.jsonl").read_text()
+    assert history.count("negatives[0]/rank") == 2 and history.count("negatives[1]/rank") == 1
+
+
+def test_a_margin_that_removes_every_negative_ends_the_run_in_one_message(here):
+    done = here("run", here.recipe(mined(top=5, margin=3.0)))
+    assert done.code == 2 and not (here.runs / "tiny" / "checkpoints").exists()
+    (line,) = [line for line in done.err.splitlines() if line.startswith("error:")]
+    assert re.search(
+        r"data.negatives\[0\]: margin 3 removes every negative: all 8 queries, whose positives score .*, "
+        r"lost all that student found, 40 candidates. Take a smaller margin .* top is 5, skip 0.$",
+        line,
+    )
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
+    (mined("studnet"), r"data.negatives\[0\].by: there is no model 'studnet'. Did you mean 'student'\?"),
+    (
+        mined(checked_by="corss", margin=0.1),
+        r"data.negatives\[0\].checked_by: there is no model 'corss'. Did you mean 'cross'\?",
+    ),
+    (mined("cross"), r"data.negatives\[0\].by: 'cross' \(CrossEncoder\) gives no single vector per text"),
+    (mined(margn=0.1), r"data.negatives\[0\]: NearestNegatives has no argument 'margn'.*mean 'margin'\?"),
+    (mined(margin="much"), r"data.negatives\[0\].margin: it should be a valid number, got 'much'"),
+    (mined(margin=-1.0), r"data.negatives\[0\]: margin must be 0 or more, and finite, got -1.0"),
+    (mined(count=200), r"data.negatives\[0\]: top \(100\) must be at least count \(200\)"),
+    (
+        {
+            "data.negatives": [
+                {
+                    "type": "distill.data.BM25Negatives",
+                    "count": 1,
+                    "checked_by": "cross",
+                    "margin": 0.1,
+                    "every": 1,
+                }
+            ]
+        },
+        r"data.negatives\[0\].every: 'cross' will not learn, so it would find the same again",
+    ),
     ({"trian": {}}, r"trian: there is no such key; .*Did you mean 'train'\?"),
     ({"train.learning_rate": "fast"}, r"train.learning_rate: .*valid number.*'fast'"),
     (

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from distill import index as index_module
 from distill.errors import DataError, RecipeError, UserError
-from distill.index import Index
+from distill.index import Index, nearest
 
 
 def unit(n: int, dim: int = 16, seed: int = 0) -> np.ndarray:
@@ -155,3 +156,24 @@ def test_importing_does_not_load_faiss():
     code = "import sys, distill, distill.index, distill.hub; sys.exit(any(m in sys.modules for m in NAMES))"
     code = code.replace("NAMES", "('faiss', 'transformers', 'sentence_transformers')")
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_tie_is_followed_to_its_end_in_bounded_memory(monkeypatch):
+    """A model that gives every text one vector must not make a search hold all scores of all queries."""
+    monkeypatch.setattr(index_module, "TIED", 200)
+    vectors, queries = np.ones((90, 4), np.float32), np.ones((30, 4), np.float32)
+    vectors[70:80] *= 2
+    held = []
+
+    def find(asked, k):
+        held.append(len(asked) * k)
+        scores = asked @ vectors.T
+        places = np.broadcast_to(-np.arange(90), scores.shape)
+        rows = np.lexsort((places, -scores), axis=1)[:, :k]  # of equal ones the last, as Faiss may
+        return np.take_along_axis(scores, rows, axis=1), rows
+
+    scores, rows = nearest(find, queries, 12, 90)
+    assert (
+        (rows == [*range(70, 80), 0, 1]).all() and (scores[:, :10] == 8).all() and (scores[:, 10:] == 4).all()
+    )
+    assert max(held[1:]) <= 200

@@ -1,18 +1,20 @@
 """The training loop: equal however it is cut into batches or interrupted, and clear about how it ends."""
 
+import itertools
 import json
 import math
 import signal
 from zlib import crc32
 
+import pyarrow as pa
 import pytest
 import torch
 from torch import nn
 
 from distill.batch import Ragged
 from distill.checkpoint import latest
-from distill.data import Judged, Mixture, TextSource, TextTable
-from distill.errors import RecipeError, RunError
+from distill.data import Judged, Mixture, NearestNegatives, TextSource, TextTable
+from distill.errors import DataError, RecipeError, RunError
 from distill.graph import Arrow, DistillationGraph
 from distill.model import Encoder
 from distill.nn.cpu_training import Dropout
@@ -62,7 +64,7 @@ class Bag(Encoder):
         return outputs.with_(scores=listed, in_batch=outputs.queries @ outputs.candidates.T)
 
     def encode_queries(self, queries, progress=False):
-        raise NotImplementedError
+        return self.vectors(Words().encode(queries))
 
     encode_candidates = encode_queries
 
@@ -447,6 +449,70 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(dies_at, tmp_path):
     assert_same_end(tmp_path / "died", found, tmp_path / "whole", expected)
     keys = [(line["step"], "dev/MAP" in line) for line in history(tmp_path / "died")]
     assert len(keys) == len(set(keys)) and keys == sorted(keys)
+
+
+def mining(by="student", every=1):
+    return source(negatives=[NearestNegatives(by, 2, top=4, every=every, margin=0.0)])
+
+
+def lists_of(folder):
+    """What was mined for each epoch: the candidates of each query."""
+    paths = sorted((folder / "mined" / "negatives-0").iterdir())
+    return [pa.ipc.open_file(path).read_all()["row"].to_pylist() for path in paths]
+
+
+@pytest.mark.parametrize("every", [1, 2, None])
+@pytest.mark.parametrize("place", [1, 3, 4, 5, 8])  # of three in an epoch
+def test_a_run_with_mined_negatives_ends_where_an_uninterrupted_one_ends(place, every, tmp_path):
+    """The student has learnt since its lists were mined: they must be read, not mined again."""
+    expected = fit_whole(tmp_path / "whole", mining(every=every), checkpoint_every=1)
+    mined = lists_of(tmp_path / "whole")
+    assert len(mined) == {1: 4, 2: 2, None: 1}[every]
+    assert all(one != other for one, other in itertools.pairwise(mined))
+    with pytest.raises(KeyboardInterrupt, match="a checkpoint is saved"):
+        fit_whole(tmp_path / "stopped", stopping(mining(every=every), place), checkpoint_every=1)
+    found = fit_whole(tmp_path / "stopped", mining(every=every), checkpoint_every=1)
+    assert_same_end(tmp_path / "stopped", found, tmp_path / "whole", expected)
+    assert lists_of(tmp_path / "stopped") == mined
+    assert expected[0].step == 12 and not equal(expected[1], fit_whole(tmp_path / "none")[1])
+
+
+def test_a_run_that_died_after_mining_goes_on_from_before_it(tmp_path):
+    """Its newest checkpoint is of the epoch before; figures of the lists are logged once."""
+    settings = {"evaluate_every": 0.34, "checkpoint_every": 2}
+    expected = fit_whole(tmp_path / "whole", mining(), **settings)
+    with pytest.raises(MemoryError):  # after step 5, of the second epoch; saved at step 4
+        fit_whole(tmp_path / "died", mining(), dies_at=5, **settings)
+    found = fit_whole(tmp_path / "died", mining(), **settings)
+    assert_same_end(tmp_path / "died", found, tmp_path / "whole", expected)
+    figures = [line for line in history(tmp_path / "died") if "negatives[0]/rank" in line]
+    assert [(line["step"], line["epoch"]) for line in figures] == [(0, 0.0), (3, 1.0), (6, 2.0), (9, 3.0)]
+    assert {"negatives[0]/too close", "negatives[0]/score", "learning_rate"} <= set(figures[0])
+
+
+def test_lists_that_a_run_needs_to_go_on_must_be_there(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit_whole(tmp_path, stopping(mining(), 5), checkpoint_every=1)
+    (tmp_path / "mined" / "negatives-0" / "epoch-0001.arrow").unlink()
+    with pytest.raises(DataError, match=r"data.negatives\[0\]: .*epoch-0001.arrow is missing"):
+        fit_whole(tmp_path, mining())
+
+
+def test_a_frozen_teacher_mines_once_and_batches_hold_what_it_found(tmp_path):
+    made, given = graph(), mining("teacher", every=None)
+    seen = []
+    batch = given.batch
+    given.batch = lambda epoch, step: seen.append(batch(epoch, step)) or seen[-1]
+    trainer(tmp_path, made, given).fit()
+    (found,) = lists_of(tmp_path)
+    listed = judged().listed.tolist()
+    brought = 0
+    for it in seen:
+        for query, index, mask in zip(it.query_ids.tolist(), it.index, it.mask, strict=True):
+            rows = set(it.candidate_ids[index[mask]].tolist())
+            assert rows <= set(listed[query]) | set(found[query])
+            brought += len(rows - set(listed[query]))
+    assert brought > 5
 
 
 def test_the_second_ctrl_c_ends_at_once(tmp_path):

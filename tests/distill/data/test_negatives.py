@@ -1,4 +1,4 @@
-"""BM25 finds what shares rare words, passes over positives, and is asked once."""
+"""Random negatives; BM25 finds what shares rare words, passes over positives, and is asked once."""
 
 import bm25s
 import pytest
@@ -35,8 +35,12 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def tops(sampler, queries, lists):
-    sampler.prepare(judged(queries, lists))
-    return [[row for row in rows if row >= 0] for rows in sampler.rows.tolist()]
+    """What each query's negatives are drawn from, best first."""
+    data = judged(queries, lists)
+    sampler.prepare(data)
+    sampler.draw(torch.tensor([0]), torch.Generator())
+    rows = dict(zip(sampler.mined.queries.tolist(), sampler.mined.rows.tolist(), strict=True))
+    return [rows[row] for row in data.queries.same_text.tolist()]
 
 
 def test_the_best_come_first_without_positives_and_without_repeats():
@@ -50,6 +54,10 @@ def test_the_first_may_be_passed_over_and_the_last_cut():
 
 def test_positives_of_the_same_query_elsewhere_are_passed_over():
     assert tops(BM25Negatives(1), ["red fish", "red fish"], [[0], [1]]) == [[3], [3]]
+
+
+def test_the_querys_own_text_is_no_negative():
+    assert tops(BM25Negatives(1), ["a red apple"], [[2]]) == [[1, 0]]
 
 
 def test_words_of_languages_without_spaces_are_found():
