@@ -83,18 +83,23 @@ class Plan:
             lines.append(f"  then {self.recipe.keep} without teachers, as many steps, to compare with")
         return lines
 
-    def costs(self) -> list[str]:
-        """What each node reads: ids per epoch where it is trained, texts or pairs where it is asked once."""
+    def costs(self, judged: Mapping[tuple[str, str], int] | None = None) -> list[str]:
+        """What each node reads: ids per epoch where it is trained, texts or pairs where it is asked once.
+
+        ``judged``: (data set, node) -> how many of its texts or pairs the teacher store knows.
+        """
         asked = self.graph.asked(self.graph.arrows)
         return [
             line
             for name, source in text_sources(self.source).items()
             for node in asked
             if not self.graph.nodes[node].of
-            for line in self._costs(node, source, f"{name}: " if len(self.data) > 1 else "")
+            for line in self._costs(
+                node, source, f"{name}: " if len(self.data) > 1 else "", (judged or {}).get((name, node))
+            )
         ]
 
-    def _costs(self, name: str, source: TextSource, where: str) -> Iterator[str]:
+    def _costs(self, name: str, source: TextSource, where: str, judged: int | None) -> Iterator[str]:
         node, apart = self.graph.nodes[name], isinstance(self.graph.nodes[name], Encoder)
         queries, listed = len(source.query_rows), len(source.query_rows) * source.width
         texts = len(source.candidate_rows) if not queries else listed
@@ -102,17 +107,21 @@ class Plan:
         if name in self.graph.trained:
             ids = queries * q + texts * c if apart else listed * (q + c)
             yield f"{where}{name} reads about {ids:,.0f} ids an epoch"
-        elif name in source.scored:
-            yield f"{where}{name} is not run: its scores come with the data"
-        elif apart:
+            return
+        known = "" if judged is None else f"; {judged:,} of them are judged already"
+        given = name in source.scored
+        if apart and (not given or source.negatives):
             once = queries + len(source.candidate_rows)
             ids = queries * q + len(source.candidate_rows) * c
-            yield f"{where}{name} is asked once about {once:,} texts, about {ids:,.0f} ids"
+            yield f"{where}{name} is asked once about {once:,} texts, about {ids:,.0f} ids{known}"
+        elif given:
+            yield f"{where}{name} is not run on what is listed: its scores come with the data"
         else:
             pairs = int(source.lists.rows.lengths[source.query_rows].sum())
-            yield f"{where}{name} is asked once about {pairs:,} pairs, about {pairs * (q + c):,.0f} ids"
-            if source.negatives:
-                yield f"{where}{name} is asked {listed:,} pairs again each epoch, as negatives are drawn anew"
+            ids = pairs * (q + c)
+            yield f"{where}{name} is asked once about {pairs:,} pairs, about {ids:,.0f} ids{known}"
+        if source.negatives and not apart:
+            yield f"{where}{name} is asked up to {listed:,} pairs an epoch as samplers draw them, each once"
 
 
 def plan_of(recipe: Recipe, builder: Builder) -> Plan:
@@ -144,6 +153,7 @@ def plan_of(recipe: Recipe, builder: Builder) -> Plan:
     if graph is not None and len(labelled) == sum("train" in part.splits for part in data.values()):
         with mistakes:
             source = builder.source(recipe, data, heard_by(graph, data))
+            check_scores(graph, source)
             plan = Plan(recipe, graph, data, source, steps_of(recipe.train, source.steps(0)))
     mistakes.report()
     assert plan is not None  # else there was a mistake
@@ -222,6 +232,34 @@ def check_uses(recipe: Recipe, graph: DistillationGraph) -> None:
             mistakes.add(
                 f"train.learning_rates: '{name}' is not a trained node.{nearest(name, graph.trained)}"
             )
+    mistakes.report()
+
+
+def check_scores(graph: DistillationGraph, source: Source) -> None:
+    """Refuse scores of the data that nobody would hear, and to ask a recorded teacher."""
+    mistakes = Mistakes()
+    for name, part in text_sources(source).items():
+        for teacher in part.scored:
+            if teacher in graph.trained:
+                mistakes.add(
+                    f"models.{teacher}: it is trained, so its scores in the data set '{name}' would not be "
+                    f"heard; take them out of the data set, or `train: true` out of the model."
+                )
+        arrows = [arrow for arrow in graph.arrows if arrow.data is None or name in arrow.data]
+        for node in graph.asked(arrows):
+            if not graph.nodes[node].recorded:
+                continue
+            cure = "Give the model a type and checkpoint that can be asked"
+            if node not in part.scored:
+                mistakes.add(
+                    f"models.{node}: the data set '{name}' has no scores of it, and a recorded teacher "
+                    f"cannot be asked. {cure}, name its scores there, or limit its losses with `data:`."
+                )
+            elif part.negatives:
+                mistakes.add(
+                    f"models.{node}: samplers add negatives to the data set '{name}', and a recorded teacher "
+                    f"cannot be asked about them. {cure}, or take `negatives` out of the data set."
+                )
     mistakes.report()
 
 

@@ -31,9 +31,10 @@ from distill.errors import DataError, RecipeError, RunError
 from distill.evaluation import higher_is_better
 from distill.graph import DistillationGraph
 from distill.nn.precision import resolve_precision
+from distill.paths import replacing
 from distill.recipe import nearest
 from distill.settings import TrainSettings
-from distill.store import TeacherMemory, text_sources
+from distill.store import RecalledBatches, TeacherMemory, text_sources
 
 log = logging.getLogger("distill")
 
@@ -97,7 +98,7 @@ class Trainer:
         self._steps_given = steps is not None or settings.steps is not None
         self.progress = Progress(steps=steps or self._steps())
         self._interrupted = threading.Event()
-        self._memory: TeacherMemory | None = None
+        self._recalled: RecalledBatches | None = None
 
     def fit(self) -> Progress:
         """Train to the end, or go on from the newest checkpoint.
@@ -220,10 +221,11 @@ class Trainer:
         return "the sum of all losses"
 
     def _batch(self, place: int) -> Batch:
-        epoch, step = divmod(place, self._batches_per_epoch)
-        if self._memory is None:
-            self._memory = TeacherMemory(self.graph, text_sources(self.source))
-        batch = self._memory.recall(self.source.batch(epoch, step))
+        if self._recalled is None:
+            memory = TeacherMemory(self.graph, text_sources(self.source), self.settings.store)
+            memory.fill(self._interrupted.is_set)
+            self._recalled = RecalledBatches(memory, self.source)
+        batch = self._recalled.batch(*divmod(place, self._batches_per_epoch))
         return batch.to(self.accelerator.device)
 
     def _measure(self) -> None:
@@ -240,10 +242,8 @@ class Trainer:
         value = -math.inf if math.isnan(value) else value  # a correlation that is not defined
         if p.best is None or value > p.best:
             p.best, p.best_step, p.without_better, p.dev = value, p.step, 0, metrics
-            self._best.mkdir(parents=True, exist_ok=True)
-            partial = self._best / "partial.safetensors"
-            save_parameters(partial, self.parameters)
-            partial.replace(self._best / "model.safetensors")
+            with replacing(self._best / "model.safetensors") as partial:
+                save_parameters(partial, self.parameters)
         else:
             p.without_better += 1
             if self.settings.patience and p.without_better >= self.settings.patience:

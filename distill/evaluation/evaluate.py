@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from distill.evaluation.scoring import (
     searched,
 )
 from distill.model import Encoder
+from distill.paths import replacing
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,8 @@ class Evaluation:
 
     def write_per_query(self, path: str | Path) -> None:
         """Write the values per query as a parquet file, which appears whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(path) as partial:
             self.per_query.to_parquet(partial, index=False)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def evaluate_model(
