@@ -167,6 +167,23 @@ def test_a_pair_that_a_sampler_brings_is_asked_once_and_kept(blocks, models, mon
     assert calls(graph, "cross", "encoder") == [0, 0]
 
 
+def test_batches_are_asked_ahead_in_the_same_blocks_wherever_one_begins(models, store, monkeypatch):
+    """Else a run that is resumed would ask in other blocks than one that was never stopped."""
+    monkeypatch.setattr("distill.store.PAIRS_AT_ONCE", 21)
+    graph = graph_of(models, arrows=[Arrow("pairs", ScoreKL(), "student", "cross")])
+    found = []
+    for name, steps in (("whole", [0, 1, 2, 3]), ("resumed", [2, 3]), ("late", [3])):
+        monkeypatch.setenv("DISTILL_STORE", str(store / name))
+        source = source_of(graph, negatives=[RandomNegatives(3)], candidates=7, batch_size=1)
+        memory = memory_of(graph, {"data": source})
+        assert memory.at_once == 3  # steps 0 to 2, then 3
+        batches = RecalledBatches(memory, source)
+        for step in steps:
+            batches.batch(1, step)
+        found.append(places(store / name))
+    assert found[0] == found[1] and len(found[0]) == 3 and set(found[2]) < set(found[0])
+
+
 def test_without_asking_beforehand_the_batch_is_asked(models):
     graph = graph_of(models)
     source = source_of(graph)
