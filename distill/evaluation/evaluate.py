@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from distill.evaluation.scoring import (
     searched,
 )
 from distill.model import Encoder
-from distill.paths import replacing
 
 
 @dataclass(frozen=True)
@@ -51,11 +49,6 @@ class Evaluation:
             name: getattr(self, name) for name in ("name", "task", "method", "queries", "threshold")
         }
         return plain_fields | {"metrics": means, "left_out": dict(self.left_out)}
-
-    def write_per_query(self, path: str | Path) -> None:
-        """Write the values per query as a parquet file, which appears whole or not at all."""
-        with replacing(path) as partial:
-            self.per_query.to_parquet(partial, index=False)
 
 
 def evaluate_model(
