@@ -128,6 +128,13 @@ class Builder:
             arguments = {k: _below(node.get("path"), v) for k, v in node.items() if k not in SOURCE_KEYS}
             with mistakes:
                 data[name] = self.build(arguments, self._place(recipe, name))
+                for teacher in data[name].teachers:
+                    if teacher not in recipe.models:
+                        there = ", ".join(recipe.models)
+                        mistakes.add(
+                            f"{self._place(recipe, name)}: it brings scores of '{teacher}', and there is no "
+                            f"such model; there are {there}.{nearest(teacher, recipe.models)}"
+                        )
         mistakes.report()
         return data
 

@@ -97,7 +97,42 @@ def check(
         print(
             f"columns: queries {', '.join(queries) or 'none'}; candidates {', '.join(candidates) or 'none'}"
         )
-        print("\n".join([plan.training(), *plan.costs()]))
+        print("\n".join([plan.training(), *plan.costs(all_runs.judged(plan))]))
+
+
+@app.command()
+def score(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    prune: Annotated[
+        bool,
+        typer.Option(
+            "--prune",
+            help="Score nothing; remove from the store what the checkpoints of these teachers said with "
+            "other weights, prompts, lengths or precision than they have in this recipe.",
+        ),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --prune: remove without asking.")] = False,
+    trust: Trust = None,
+    runs: RunsFolder = RUNS,
+    debug: Debug = False,
+) -> None:
+    """Ask the frozen teachers of a recipe about its training data, and keep what they say; no training."""
+    with reported(debug):
+        from distill.run import Runs
+
+        quiet_libraries()
+        all_runs = Runs(runs, trust or ())
+        scoring = all_runs.scoring(all_runs.load(recipe, overrides or ()))
+        if prune:
+            _prune(scoring, yes)
+            return
+        rows = [
+            (*row[:3], *("" if number is None else f"{number:,}" for number in row[3:]))
+            for row in scoring.score()
+        ]
+        print_table(["teacher", "data", "what", "in all", "known before", "asked now"], rows, text_columns=3)
+        print(f"teacher store: {scoring.store}")
 
 
 @app.command("list")
@@ -205,6 +240,24 @@ def search(
         if not asked:
             raise UserError("no query: give one as an argument, or one per line of stdin.")
         _answer(folder, asked, k, model, runs)
+
+
+def _prune(scoring: Any, yes: bool) -> None:
+    """Show what the store holds of the recipe's teachers under other settings, ask, and remove it."""
+    from distill.store_files import remove
+
+    found = scoring.outdated()
+    if not found:
+        print("nothing to remove: the store holds these teachers with these settings only")
+        return
+    rows = [(name, str(folder), f"{size / 1e6:,.1f}") for name, folder, size in found]
+    print_table(["teacher", "folder", "MB"], rows, text_columns=2)
+    if not yes and not sys.stdin.isatty():
+        raise UserError("nothing is removed without a yes: add --yes.")
+    if yes or typer.confirm("Remove these?", err=True):
+        for _, folder, _ in found:
+            remove(folder)
+        print(f"removed {sum(size for *_, size in found) / 1e6:,.1f} MB")
 
 
 def _show(folder: Path) -> None:

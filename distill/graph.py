@@ -185,7 +185,7 @@ class DistillationGraph(nn.Module):
         said: dict[str, Outputs] = {}
         for name, needs in asked.items():
             node, stored = self.nodes[name], batch.stored.get(name)
-            if stored is not None and name not in self.trained:
+            if stored is not None and stored.known is None and name not in self.trained:
                 known = dict(stored.given()).keys()
                 if needs.fields <= known or node.represents(needs).fields <= known:
                     said[name] = stored
@@ -213,10 +213,11 @@ class DistillationGraph(nn.Module):
         return in_pieces(ask if rows is None else cached(ask, node.device), batch, fields, rows)
 
     def _compare(self, name: str, outputs: Outputs, batch: Batch, needs: Needs) -> Outputs:
-        if needs.fields <= dict(outputs.given()).keys():
+        missing = needs.fields - dict(outputs.given()).keys()
+        if not missing:
             return outputs
         with torch.set_grad_enabled(torch.is_grad_enabled() and name in self.trained):
-            return self.nodes[name].compare(outputs, batch, needs)
+            return self.nodes[name].compare(outputs, batch, Needs(*missing))
 
     @staticmethod
     def _heard(arrow: Arrow, said: Mapping[str, Outputs], batch: Batch) -> Outputs | None:

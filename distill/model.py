@@ -27,6 +27,7 @@ class Model(nn.Module, ABC):
 
     shares: ClassVar[frozenset[str]] = frozenset()  # attributes that `ref: node.attribute` may name
     of: tuple[str, ...] = ()  # names of the nodes this one is built from
+    recorded: ClassVar[bool] = False  # only what it said elsewhere is known: it cannot be asked
 
     @property
     @abstractmethod
@@ -45,6 +46,14 @@ class Model(nn.Module, ABC):
     def compare(self, outputs: Outputs, batch: Batch, needs: Needs) -> Outputs:
         """Fill the fields of ``needs`` that follow from rows already represented."""
         return outputs
+
+    @property
+    def identity(self) -> dict[str, Any] | None:
+        """Plain data that decides, with class and weights, what it answers; by it the teacher store knows it.
+
+        ``checkpoint`` is only what the store calls it. None: answers are kept for one run, not on disk.
+        """
+        return None
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -28,6 +28,7 @@ class Outputs:
     )  # [B, P]  every query against every candidate of the batch
     queries: Tensor | None = _on("query")  # [B, D]  one vector per query
     candidates: Tensor | None = _on("candidate")  # [P, D]  one vector per distinct candidate
+    known: Tensor | None = _on("pair")  # [B, N] bool, which scores were really given; None: all
 
     def given(self) -> Iterator[tuple[str, Tensor]]:
         """The fields that are filled, by name."""

@@ -86,21 +86,24 @@ class Plan:
             lines.append(f"  then {self.recipe.keep} without teachers, as many steps, to compare with")
         return lines
 
-    def costs(self) -> list[str]:
-        """What each node reads: ids per epoch where it is trained, texts or pairs where it is asked once."""
-        asked = self.graph.asked(self.graph.arrows)
+    def costs(self, judged: Mapping[tuple[str, str], int] | None = None) -> list[str]:
+        """What each node reads: ids per epoch where it is trained, texts or pairs where it is asked once.
+
+        ``judged``: (data set, node) -> how many of its texts or pairs the teacher store knows.
+        """
         lines: list[str] = []
         for name, source in text_sources(self.source).items():
             where = f"{name}: " if len(self.data) > 1 else ""
-            for node in asked:
+            arrows = [arrow for arrow in self.graph.arrows if arrow.data is None or name in arrow.data]
+            for node in self.graph.asked(arrows):
                 if not self.graph.nodes[node].of:
-                    lines += self._costs(node, source, where)
+                    lines += self._costs(node, source, where, (judged or {}).get((name, node)))
             for sampler in source.negatives:
                 told = sampler.costs(self.graph, source.judged, source.query_rows)
                 lines += [f"{where}{line}" for line in told]
         return lines
 
-    def _costs(self, name: str, source: TextSource, where: str) -> Iterator[str]:
+    def _costs(self, name: str, source: TextSource, where: str, judged: int | None) -> Iterator[str]:
         node, apart = self.graph.nodes[name], isinstance(self.graph.nodes[name], Encoder)
         queries, listed = len(source.query_rows), len(source.query_rows) * source.width
         texts = len(source.candidate_rows) if not queries else listed
@@ -116,17 +119,21 @@ class Plan:
                     f"{where}{name} caches its gradient: up to {chunks:,} chunks of {rows:,} "
                     f"{'texts' if apart else 'pairs'} a batch, each read twice, about a third more compute"
                 )
-        elif name in source.scored:
-            yield f"{where}{name} is not run: its scores come with the data"
-        elif apart:
+            return
+        known = "" if judged is None else f"; {judged:,} of them are judged already"
+        given = name in source.scored
+        if apart and (not given or source.negatives):
             once = queries + len(source.candidate_rows)
             ids = queries * q + len(source.candidate_rows) * c
-            yield f"{where}{name} is asked once about {once:,} texts, about {ids:,.0f} ids"
+            yield f"{where}{name} is asked once about {once:,} texts, about {ids:,.0f} ids{known}"
+        elif given:
+            yield f"{where}{name} is not run on what is listed: its scores come with the data"
         else:
             pairs = int(source.lists.rows.lengths[source.query_rows].sum())
-            yield f"{where}{name} is asked once about {pairs:,} pairs, about {pairs * (q + c):,.0f} ids"
-            if source.negatives:
-                yield f"{where}{name} is asked {listed:,} pairs again each epoch, as negatives are drawn anew"
+            ids = pairs * (q + c)
+            yield f"{where}{name} is asked once about {pairs:,} pairs, about {ids:,.0f} ids{known}"
+        if source.negatives and not apart:
+            yield f"{where}{name} is asked up to {listed:,} pairs an epoch as samplers draw them, each once"
 
 
 def plan_of(recipe: Recipe, builder: Builder) -> Plan:
@@ -159,6 +166,7 @@ def plan_of(recipe: Recipe, builder: Builder) -> Plan:
         with mistakes:
             source = builder.source(recipe, data, heard_by(graph, data))
             check_samplers(source, graph)
+            check_scores(graph, source)
             plan = Plan(recipe, graph, data, source, steps_of(recipe.train, source.steps(0)))
     mistakes.report()
     assert plan is not None  # else there was a mistake
@@ -254,6 +262,34 @@ def check_samplers(source: Source, graph: DistillationGraph) -> None:
         for i, sampler in enumerate(part.negatives):
             for problem in sampler.problems(graph, part.judged):
                 mistakes.add(f"{place}.negatives[{i}].{problem}")
+    mistakes.report()
+
+
+def check_scores(graph: DistillationGraph, source: Source) -> None:
+    """Refuse scores of the data that nobody would hear, and to ask a recorded teacher."""
+    mistakes = Mistakes()
+    for name, part in text_sources(source).items():
+        for teacher in part.scored:
+            if teacher in graph.trained:
+                mistakes.add(
+                    f"models.{teacher}: it is trained, so its scores in the data set '{name}' would not be "
+                    f"heard; take them out of the data set, or `train: true` out of the model."
+                )
+        arrows = [arrow for arrow in graph.arrows if arrow.data is None or name in arrow.data]
+        for node in graph.asked(arrows):
+            if not graph.nodes[node].recorded:
+                continue
+            cure = "Give the model a type and checkpoint that can be asked"
+            if node not in part.scored:
+                mistakes.add(
+                    f"models.{node}: the data set '{name}' has no scores of it, and a recorded teacher "
+                    f"cannot be asked. {cure}, name its scores there, or limit its losses with `data:`."
+                )
+            elif part.negatives:
+                mistakes.add(
+                    f"models.{node}: samplers add negatives to the data set '{name}', and a recorded teacher "
+                    f"cannot be asked about them. {cure}, or take `negatives` out of the data set."
+                )
     mistakes.report()
 
 

@@ -32,6 +32,7 @@ from distill.hub.files import atomic_write_text
 from distill.lock import LOCK, only_run_in
 from distill.measure import can_be_measured, entry_of, measure
 from distill.model import Encoder, Model
+from distill.paths import replacing, store_folder
 from distill.plan import (
     Plan,
     baseline_losses,
@@ -42,6 +43,7 @@ from distill.plan import (
 )
 from distill.processes import first_goes_first, from_first, in_shares, is_first, wait, world
 from distill.recipe import load_recipe, read_yaml
+from distill.score import Scoring
 from distill.settings import Recipe, TrainSettings
 from distill.trainer import Progress, Trainer
 
@@ -123,6 +125,25 @@ class Runs:
         dev = part.split("dev") if "dev" in part.splits else None
         evaluation = measure(model, part.split(split), recipe.evaluate, dev, progress=sys.stderr.isatty())
         return entry_of(model, evaluation, part.split(split))
+
+    def scoring(self, recipe: Recipe) -> Scoring:
+        """The teacher store as this recipe uses it; teachers that other recipes make are made first."""
+        self.check(recipe)
+        return Scoring(recipe, self._builder(self.model_of))
+
+    def judged(self, plan: Plan) -> dict[tuple[str, str], int]:
+        """How many texts or pairs of each (data set, teacher) the store knows before this recipe is run."""
+        unmade = {
+            name
+            for name, node in plan.recipe.models.items()
+            if isinstance(made := node.get("checkpoint"), Mapping)
+            and "run" in made
+            and not (self.folder / load_recipe(made["run"]).name / FINISHED).exists()
+        }
+        if not store_folder().is_dir():
+            return {}
+        scoring = Scoring(plan.recipe, self._builder(self._configuration_of), plan.data, mend=False)
+        return {place: 0 if place[1] in unmade else known for place, (_, known) in scoring.counts().items()}
 
     def model_of(self, name: str) -> Path:
         """The model that another recipe leaves; it is run first if no finished run is there."""
@@ -275,9 +296,8 @@ class _Run:
             if evaluation is not None:
                 frames.append(evaluation.per_query.assign(model=name))
         if frames:
-            partial = self.folder / ".per_query.parquet"
-            pd.concat(frames, ignore_index=True).to_parquet(partial, index=False)
-            partial.replace(self.folder / "per_query.parquet")
+            with replacing(self.folder / "per_query.parquet") as partial:
+                pd.concat(frames, ignore_index=True).to_parquet(partial, index=False)
         result = {
             "name": recipe.name,
             "keep": recipe.keep,

@@ -37,6 +37,7 @@ class TrainSettings(_Strict):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     clip: Annotated[float, Field(gt=0)] | None = 1.0  # norm of all gradients together
     mixed_precision: Precision = "auto"
+    store: Literal["float32", "float16"] = "float32"  # in which the teacher store keeps scores and vectors
     seed: int = 1
     evaluate_every: Annotated[float, Field(gt=0)] | None = 1.0  # epochs; null: never
     select: str | None = None  # metric on dev; null: the first of evaluate.metrics

@@ -1,14 +1,17 @@
-"""What frozen teachers said, so that each is asked once about each text and each listed pair.
+"""What frozen teachers said, so that each is asked once about each text and each pair, whoever asks.
 
-Kept in memory for one run. Next: ``trainer.py``, which reads it for every batch.
+Kept on disk (``store_files.py``). Next: ``trainer.py``, which reads it for every batch.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -16,143 +19,329 @@ from tqdm import tqdm
 from distill.batch import Batch
 from distill.data.mixture import Mixture
 from distill.data.source import Source, TextSource
+from distill.errors import RunError
 from distill.graph import DistillationGraph
+from distill.model import Model
 from distill.outputs import AXES, Needs, Outputs
+from distill.paths import store_folder
+from distill.store_files import Precision, Signal, Teacher, pair_keys, signal_folder, text_keys
 
 log = logging.getLogger("distill")
 
 TEXTS_AT_ONCE = 4096
 PAIRS_AT_ONCE = 4096
 PLURAL = {"query": "queries", "candidate": "candidates", "pair": "pairs"}
+NONE = torch.empty(0, dtype=torch.int64)
 
 
-@dataclass
-class _Said:
-    """A frozen node's words on one source: a row of each field per known key."""
+@dataclass(frozen=True)
+class Question:
+    """What a teacher is asked at once: its answer is one block of the store.
 
-    keys: dict[str, Tensor] = field(default_factory=dict)  # axis -> [K] sorted: row of a text, or of a pair
-    values: dict[str, Tensor] = field(default_factory=dict)  # field of Outputs -> [K, ...]
+    ``queries`` and ``candidates`` are rows of the source: of pairs n each, side by side; else one is empty.
+    """
+
+    listener: Listener
+    axis: str
+    queries: Tensor
+    candidates: Tensor
+
+    def __len__(self) -> int:
+        return max(len(self.queries), len(self.candidates))
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A frozen node on one source: what is asked of it there, and where its answers are."""
+
+    name: str
+    node: Model
+    data: str  # the source's name
+    source: TextSource
+    signals: Mapping[str, Signal]  # axis -> what is asked on it
+
+    @property
+    def given(self) -> bool:
+        """Whether its scores of listed pairs come with the data, and no more is asked about a pair."""
+        return self.name in self.source.scored and self.signals["pair"].fields == ("scores",)
 
 
 class TeacherMemory:
-    """Asks each frozen teacher once about every text, and every listed pair, of the training data.
+    """Asks each frozen teacher once about every text and every listed pair, and recalls what it said.
 
-    The blocks in which a teacher is asked are the same in every run of a recipe (the last bits of an answer
-    depend on its neighbours in a block), so a run that is resumed hears what it heard before. A pair that a
-    sampler brings is not known, and its batch is asked live.
+    A teacher is asked in blocks of what is not known yet, in the order of the data. The last bits of an
+    answer depend on its neighbours in a block, and a block is kept whole or not at all: who is stopped and
+    goes on asks in the same blocks and hears the same. What a sampler brings is asked with its batch. Scores
+    that come with the data are heard instead of the teacher's own.
+
+    Nodes that are trained, built ``of`` others, or asked about a whole batch (``in_batch``) are not asked.
 
     Args:
         graph: On its device, with its autocast set.
-        sources: The text sources by name; their columns are prepared.
+        sources: The text sources by name; to ask, their columns must be prepared.
+        precision: In which answers are kept.
+        mend: Remove damaged blocks from the store.
+
+    Raises:
+        DataError: A store that another teacher wrote.
     """
 
-    def __init__(self, graph: DistillationGraph, sources: Mapping[str, TextSource]):
-        self.graph = graph
-        self._known: dict[str, dict[str, _Said]] = {}
-        self._sizes = {name: len(source.candidates) for name, source in sources.items()}
-        graph.eval()
-        for name, source in sources.items():
-            arrows = [arrow for arrow in graph.arrows if arrow.data is None or name in arrow.data]
-            asked = graph.asked(arrows)
-            self._known[name] = {
-                node: self._ask(node, graph.nodes[node].represents(needs), source)
-                for node, needs in asked.items()
-                if node not in graph.trained
-                and not graph.nodes[node].of
-                and node not in source.scored
-                and "in_batch" not in graph.nodes[node].represents(needs)  # depends on the batch
-            }
+    def __init__(
+        self,
+        graph: DistillationGraph,
+        sources: Mapping[str, TextSource],
+        precision: Precision = "float32",
+        mend: bool = True,
+    ):
+        self.graph, self.sources, self.precision, self.mend = graph, dict(sources), precision, mend
+        self.asked: Counter[str] = Counter()  # about how many texts and pairs, by teacher
+        self.teachers: dict[str, Teacher | None] = {}
+        self._signals: dict[Path | tuple[str, ...], Signal] = {}
+        self._keys: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.listeners = [
+            listener for name, source in self.sources.items() for listener in self._listeners(name, source)
+        ]
 
-    def recall(self, batch: Batch) -> Batch:
-        """The batch, with all that is known of it in ``stored``."""
-        stored = dict(batch.stored)
-        for node, said in self._known.get(batch.source, {}).items():
-            if (answer := self._recall(said, batch)) is not None:
-                stored[node] = answer
-        return replace(batch, stored=stored)
+    def _listeners(self, source_name: str, source: TextSource) -> Iterator[Listener]:
+        graph = self.graph
+        arrows = [arrow for arrow in graph.arrows if arrow.data is None or source_name in arrow.data]
+        for name, needs in graph.asked(arrows).items():
+            node = graph.nodes[name]
+            if name in graph.trained or node.of or "in_batch" in node.represents(needs):
+                continue
+            if name in source.scored and not source.negatives:  # then every score comes with the data
+                wanted = node.represents(Needs(*(needs.fields - {"scores"})))
+            else:
+                wanted = node.represents(needs)
+            yield Listener(name, node, source_name, source, self._signals_of(name, node, wanted))
+
+    def _signals_of(self, name: str, node: Model, wanted: Needs) -> dict[str, Signal]:
+        if wanted and name not in self.teachers:
+            self.teachers[name] = Teacher.of(node, self._autocast_dtype(node.device.type), store_folder())
+        signals = {}
+        for axis in PLURAL:
+            if fields := tuple(sorted(f for f in wanted.fields if AXES[f] == axis)):
+                teacher = self.teachers[name]
+                place = (name, *fields) if teacher is None else signal_folder(teacher, fields, self.precision)
+                if place not in self._signals:
+                    self._signals[place] = Signal(teacher, fields, self.precision, self.mend)
+                signals[axis] = self._signals[place]
+        return signals
+
+    def _autocast_dtype(self, device: str) -> str:
+        """In which precision the heavy half runs there."""
+        with self.graph.autocast():
+            on = torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if on else torch.float32
+        return str(dtype).removeprefix("torch.")
+
+    # Asking
+
+    def fill(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Ask what is not known yet about all texts and listed pairs.
+
+        Raises:
+            KeyboardInterrupt: ``stopped`` became true; what was answered until then is kept.
+        """
+        for listener in self.listeners:
+            for axis in listener.signals:
+                self.fill_in(listener, axis, stopped)
+
+    def fill_in(self, listener: Listener, axis: str, stopped: Callable[[], bool] = lambda: False) -> int:
+        """``fill`` for one teacher, source and axis; returns about how many texts or pairs it was asked."""
+        questions = self.unknown(listener, axis)
+        n, what = sum(map(len, questions)), PLURAL[axis]
+        with tqdm(total=n, desc=f"{listener.name}: {what}", disable=None, leave=False) as bar:
+            for question in questions:
+                self.ask(question)
+                bar.update(len(question))
+                if stopped():
+                    raise KeyboardInterrupt("the answers of the teachers so far are kept")
+        if n:
+            log.info("%s answered %s %s", listener.name, f"{n:,}", what)
+        return n
+
+    def unknown(self, listener: Listener, axis: str) -> list[Question]:
+        """What the store does not know of a source's texts or listed pairs, cut into blocks."""
+        return self._questions(listener, axis, *self._rows(listener, axis))
+
+    def count(self, listener: Listener, axis: str) -> tuple[int, int]:
+        """How many distinct texts or listed pairs a teacher is asked about, and how many it has answered."""
+        keys = self._keys_of(listener.source, axis, *self._rows(listener, axis))
+        keys = keys[np.unique(keys[:, 0], return_index=True)[1]]
+        return len(keys), int((listener.signals[axis].find(keys) >= 0).sum())
 
     @torch.no_grad()
-    def _ask(self, name: str, needs: Needs, source: TextSource) -> _Said:
-        said = _Said()
-        node = self.graph.nodes[name]
-        for axis, blocks in (
-            ("query", self._query_blocks(source)),
-            ("candidate", self._candidate_blocks(source)),
-            ("pair", self._pair_blocks(source)),
-        ):
-            wanted = Needs(*(f for f in needs.fields if AXES[f] == axis))
-            if not wanted:
-                continue
-            keys: list[Tensor] = []
-            parts: dict[str, list[Tensor]] = {f: [] for f in wanted.fields}
-            with tqdm(blocks, desc=f"{name}: {PLURAL[axis]}", disable=None, leave=False) as bar:
-                for key, batch in bar:
-                    view = batch.to(node.device).view(*([c.key for c in columns] for columns in node.reads))
-                    with self.graph.autocast():
-                        answer = node.represent(view, wanted)
-                    keys.append(key)
-                    for f in wanted.fields:
-                        value = getattr(answer, f).float().cpu()
-                        parts[f].append(value[batch.mask] if axis == "pair" else value)
-            if keys:
-                order = torch.cat(keys).argsort()
-                said.keys[axis] = torch.cat(keys)[order]
-                said.values.update({f: torch.cat(part)[order] for f, part in parts.items()})
-                log.info("%s answered %s %s", name, f"{len(order):,}", PLURAL[axis])
-        return said
+    def ask(self, question: Question) -> None:
+        """Ask a teacher, and keep its answers."""
+        listener, axis, source = question.listener, question.axis, question.listener.source
+        node, signal = listener.node, listener.signals[axis]
+        if axis == "pair":
+            batch = _of_pairs(source, question.queries, question.candidates)
+        else:
+            batch = source.gather(question.queries, question.candidates)
+        batch = batch.to(node.device).view(*([c.key for c in columns] for columns in node.reads))
+        with self.graph.autocast():
+            answer = node.represent(batch, Needs(*signal.fields))
+        values = {f: getattr(answer, f).float() for f in signal.fields}
+        if axis == "pair":
+            values = {f: value[batch.mask] for f, value in values.items()}
+        keys = self._keys_of(source, axis, question.queries, question.candidates)
+        try:
+            signal.append(keys, {f: value.cpu() for f, value in values.items()})
+        except RunError as error:
+            raise RunError(f"models.{listener.name}: {error}") from error
+        self.asked[listener.name] += len(question)
 
-    @staticmethod
-    def _query_blocks(source: TextSource) -> Iterator[tuple[Tensor, Batch]]:
-        none = torch.empty(0, dtype=torch.int64)
-        for rows in source.query_rows.split(TEXTS_AT_ONCE):
-            yield rows, source.gather(rows, none)
-
-    @staticmethod
-    def _candidate_blocks(source: TextSource) -> Iterator[tuple[Tensor, Batch]]:
-        none = torch.empty(0, dtype=torch.int64)
-        for rows in source.candidate_rows.split(TEXTS_AT_ONCE):
-            yield rows, source.gather(none, rows)
-
-    @staticmethod
-    def _pair_blocks(source: TextSource) -> Iterator[tuple[Tensor, Batch]]:
-        """Queries in order with all they list, about ``PAIRS_AT_ONCE`` pairs a block."""
-        asked = source.query_rows
-        lengths = source.lists.rows.lengths[asked]
-        block = lengths.cumsum(0).sub(1).div(PAIRS_AT_ONCE, rounding_mode="floor")
-        for number in block.unique():
-            queries = asked[block == number]
-            rows, mask = source.lists.rows.select(queries).padded(0)
-            candidates, place = rows[mask].unique(return_inverse=True)
-            index = torch.zeros_like(rows)
-            index[mask] = place
-            key = (queries[:, None] * len(source.candidates) + rows)[mask]
-            yield key, source.gather(queries, candidates, index, mask)
-
-    def _recall(self, said: _Said, batch: Batch) -> Outputs | None:
-        places: dict[str, Tensor] = {}
-        for axis, known in said.keys.items():
-            wanted = self._keys_of(axis, batch)
-            place = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
-            if not torch.equal(known[place], wanted):
-                return None
-            places[axis] = place
-        answer: dict[str, Tensor] = {}
-        for f, values in said.values.items():
-            rows = values[places[AXES[f]]]
-            if AXES[f] == "pair":
-                full = rows.new_zeros(*batch.mask.shape, *rows.shape[1:])
-                full[batch.mask] = rows
-                rows = full
-            answer[f] = rows
-        return Outputs(**answer) if answer else None
-
-    def _keys_of(self, axis: str, batch: Batch) -> Tensor:
+    def _rows(self, listener: Listener, axis: str) -> tuple[Tensor, Tensor]:
+        """The queries and candidates of all texts, or pairs side by side, that a teacher is asked about."""
+        source = listener.source
         if axis == "query":
-            return batch.query_ids
+            return source.query_rows, NONE
         if axis == "candidate":
-            return batch.candidate_ids
-        candidates = self._sizes[batch.source]
-        return (batch.query_ids[:, None] * candidates + batch.candidate_ids[batch.index])[batch.mask]
+            return NONE, source.candidate_rows
+        if listener.given:
+            return NONE, NONE
+        listed = source.lists.rows.select(source.query_rows)
+        return source.query_rows.repeat_interleave(listed.lengths), listed.values
+
+    def _questions(
+        self, listener: Listener, axis: str, queries: Tensor, candidates: Tensor
+    ) -> list[Question]:
+        keys = self._keys_of(listener.source, axis, queries, candidates)
+        missing = (listener.signals[axis].find(keys) < 0).nonzero()[0]
+        _, first = np.unique(keys[missing, 0], return_index=True)
+        rows = torch.from_numpy(missing[np.sort(first)])  # each once, in the order of the data
+        return [
+            Question(
+                listener,
+                axis,
+                queries[part] if len(queries) else NONE,
+                candidates[part] if len(candidates) else NONE,
+            )
+            for part in rows.split(PAIRS_AT_ONCE if axis == "pair" else TEXTS_AT_ONCE)
+            if len(part)
+        ]
+
+    def _keys_of(self, source: TextSource, axis: str, queries: Tensor, candidates: Tensor) -> np.ndarray:
+        if id(source) not in self._keys:
+            self._keys[id(source)] = (text_keys(source.queries.texts), text_keys(source.candidates.texts))
+        of_query, of_candidate = self._keys[id(source)]
+        if axis == "query":
+            return of_query[queries.numpy()]
+        if axis == "candidate":
+            return of_candidate[candidates.numpy()]
+        return pair_keys(of_query[queries.numpy()], of_candidate[candidates.numpy()])
+
+    # Recalling
+
+    def recall(self, batch: Batch) -> Batch:
+        """The batch, with what the frozen teachers say of it in ``stored``."""
+        return self.recall_all([batch])[0]
+
+    def recall_all(self, batches: Sequence[Batch]) -> list[Batch]:
+        """``recall`` of several batches: what none of them is known to hold is asked together."""
+        for listener in self.listeners:
+            heard = [batch for batch in batches if batch.source == listener.data]
+            for axis in listener.signals:
+                rows = [self._rows_in(listener, axis, batch) for batch in heard]
+                if rows:
+                    queries, candidates = map(torch.cat, zip(*rows, strict=True))
+                    for question in self._questions(listener, axis, queries, candidates):
+                        self.ask(question)
+        return [self._recalled(batch) for batch in batches]
+
+    @property
+    def at_once(self) -> int:
+        """How many batches are asked about together: their pairs that samplers bring fill one block."""
+        asked = [one.source for one in self.listeners if "pair" in one.signals and one.source.negatives]
+        most = max((source.batch_size * source.width for source in asked), default=PAIRS_AT_ONCE)
+        return max(1, PAIRS_AT_ONCE // max(1, most))
+
+    def _rows_in(self, listener: Listener, axis: str, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The rows of a batch that a teacher is asked about; of pairs only those without a given score."""
+        if axis == "query":
+            return batch.query_ids, NONE
+        if axis == "candidate":
+            return NONE, batch.candidate_ids
+        wanted = batch.mask
+        if listener.given and (given := batch.stored.get(listener.name)) is not None:
+            wanted = wanted & ~given.known if given.known is not None else torch.zeros_like(wanted)
+        queries = batch.query_ids[:, None].expand_as(batch.index)
+        return queries[wanted], batch.candidate_ids[batch.index[wanted]]
+
+    def _recalled(self, batch: Batch) -> Batch:
+        stored = dict(batch.stored)
+        for listener in self.listeners:
+            if batch.source == listener.data:
+                said = Outputs()
+                for axis in listener.signals:
+                    said = said.with_(**self._answers(listener, axis, batch))
+                stored[listener.name] = _with_given(listener, said, batch)
+        return replace(batch, stored=stored)
+
+    def _answers(self, listener: Listener, axis: str, batch: Batch) -> dict[str, Tensor]:
+        signal, mask = listener.signals[axis], batch.mask
+        if axis != "pair":
+            found = signal.find(self._keys_of(listener.source, axis, *self._rows_in(listener, axis, batch)))
+            if not len(found):  # a batch of texts only has no queries, and the store no shape of them
+                return {f: torch.zeros(0, listener.node.sizes.get(f, 0)) for f in signal.fields}
+            return signal.read(found)
+        queries = batch.query_ids[:, None].expand_as(batch.index)[mask]
+        keys = self._keys_of(listener.source, axis, queries, batch.candidate_ids[batch.index[mask]])
+        found = signal.find(keys)
+        place = mask.nonzero()[torch.from_numpy(found >= 0)]
+        answers = {}
+        for f, values in signal.read(found[found >= 0]).items():
+            answers[f] = values.new_zeros(*mask.shape, *values.shape[1:])
+            answers[f][place[:, 0], place[:, 1]] = values
+        return answers
+
+
+class RecalledBatches:
+    """A source's batches by their place, each with what the frozen teachers say of it.
+
+    Batches are made, and teachers asked, for a few steps of an epoch at once: always the same ones, so that
+    a resumed run asks in the same blocks.
+    """
+
+    def __init__(self, memory: TeacherMemory, source: Source):
+        self.memory, self.source = memory, source
+        self._made: dict[tuple[int, int], Batch] = {}
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        if (epoch, step) not in self._made:
+            first = step - step % self.memory.at_once
+            steps = range(first, min(first + self.memory.at_once, self.source.steps(epoch)))
+            batches = self.memory.recall_all([self.source.batch(epoch, s) for s in steps])
+            self._made = {(epoch, s): batch for s, batch in zip(steps, batches, strict=True)}
+        return self._made[epoch, step]
+
+
+def _with_given(listener: Listener, said: Outputs, batch: Batch) -> Outputs:
+    """What a teacher said, with the scores in their places that came with the data."""
+    given = batch.stored.get(listener.name)
+    if given is None or given.scores is None:
+        return said
+    scores = given.scores
+    if given.known is not None:
+        own = said
+        if own.scores is None:
+            device = listener.node.device
+            own = listener.node.compare(said.to(device), batch.to(device), Needs("scores")).to("cpu")
+        assert own.scores is not None
+        scores = torch.where(given.known, scores, own.scores)
+    return said.with_(scores=scores)
+
+
+def _of_pairs(source: TextSource, queries: Tensor, candidates: Tensor) -> Batch:
+    """A batch that lists n pairs of rows, in their order; pairs of one query stand together."""
+    asked, counts = queries.unique_consecutive(return_counts=True)
+    distinct, place = candidates.unique(return_inverse=True)
+    mask = torch.arange(int(counts.max())) < counts[:, None]
+    index = torch.zeros(mask.shape, dtype=torch.int64)
+    index[mask] = place
+    return source.gather(asked, distinct, index, mask)
 
 
 def text_sources(source: Source) -> dict[str, TextSource]:

@@ -27,6 +27,7 @@ from distill.evaluation import higher_is_better
 from distill.graph import DistillationGraph
 from distill.nn.precision import resolve_precision
 from distill.optimizer import adamw, rate_at
+from distill.paths import replacing
 from distill.pieces import piece_problems
 from distill.processes import (
     any_of,
@@ -41,7 +42,7 @@ from distill.processes import (
 )
 from distill.progress import Bar, History, Progress, bar, stoppable
 from distill.settings import TrainSettings
-from distill.store import TeacherMemory, text_sources
+from distill.store import RecalledBatches, TeacherMemory, text_sources
 
 log = logging.getLogger("distill")
 
@@ -96,7 +97,7 @@ class Trainer:
         self.progress = Progress(steps=steps or self._steps())
         self._history = History(self.folder / "history.jsonl")
         self._interrupted = threading.Event()
-        self._memory: TeacherMemory | None = None
+        self._recalled: RecalledBatches | None = None
         self._refreshed: int | None = None  # the epoch that the source was refreshed for
 
     def fit(self) -> Progress:
@@ -230,9 +231,11 @@ class Trainer:
             if figures := self.source.refresh(self.graph, epoch, self.folder / "mined", begun=step > 0):
                 self._record(figures)
             self._refreshed = epoch
-        if self._memory is None:
-            self._memory = TeacherMemory(self.graph, text_sources(self.source))
-        batch = self._memory.recall(self.source.batch(epoch, step))
+        if self._recalled is None:
+            memory = TeacherMemory(self.graph, text_sources(self.source), self.settings.store)
+            memory.fill(self._interrupted.is_set)
+            self._recalled = RecalledBatches(memory, self.source)
+        batch = self._recalled.batch(epoch, step)
         return batch.to(self.accelerator.device)
 
     def _measure(self) -> None:
@@ -250,10 +253,8 @@ class Trainer:
         if p.best is None or value > p.best:
             p.best, p.best_step, p.without_better, p.dev = value, p.step, 0, metrics
             if is_first():
-                self._best.mkdir(parents=True, exist_ok=True)
-                partial = self._best / "partial.safetensors"
-                save_parameters(partial, self.parameters)
-                partial.replace(self._best / "model.safetensors")
+                with replacing(self._best / "model.safetensors") as partial:
+                    save_parameters(partial, self.parameters)
         else:
             p.without_better += 1
             if self.settings.patience and p.without_better >= self.settings.patience:

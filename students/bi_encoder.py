@@ -125,6 +125,7 @@ class BiEncoder(Encoder):
             layouts[1].prompts["document"] if candidate_prompt is None else candidate_prompt
         )
         self.precision = precision
+        self.checkpoint = str(checkpoint)
         self.query_tower.encoder.check_length("query_max_length", self.query_max_length)
         self.candidate_tower.encoder.check_length("max_length", self.max_length)
         self.eval()
@@ -145,6 +146,18 @@ class BiEncoder(Encoder):
     @property
     def provides(self) -> frozenset[str]:
         return frozenset({"queries", "candidates", "scores", "in_batch"})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {
+            "checkpoint": self.checkpoint,
+            "query_tower": self.query_tower.identity,
+            "candidate_tower": self.candidate_tower.identity,
+            "max_length": self.max_length,
+            "query_max_length": self.query_max_length,
+            "query_prompt": self.query_prompt,
+            "candidate_prompt": self.candidate_prompt,
+        }
 
     @property
     def reads(self) -> tuple[tuple[TextColumn, ...], tuple[TextColumn, ...]]:
@@ -252,6 +265,16 @@ class Tower(nn.Module):
     @property
     def dim(self) -> int:
         return self.dense[-1][0].out_features if len(self.dense) else self.encoder.backbone.config.hidden_size
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        activations = [type(part[1]).__name__ if len(part) > 1 else "Identity" for part in self.dense]
+        return {
+            **self.encoder.identity,
+            "pooling": self.pooling,
+            "dense": activations,
+            "normalize": self.normalize,
+        }
 
     def forward(self, ids: Ragged) -> Tensor:
         """Vectors [n, D] float32 of n framed texts."""

@@ -1,5 +1,6 @@
 """Models that teach: accurate, and too slow to serve."""
 
 from teachers.cross_encoder import CrossEncoder
+from teachers.recorded import Recorded
 
-__all__ = ["CrossEncoder"]
+__all__ = ["CrossEncoder", "Recorded"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,7 @@ class CrossEncoder(Model):
         self.max_length = max_length or min(layout.max_length or 512, 512)
         self.query_max_length = query_max_length
         self.precision = precision
+        self.checkpoint = str(checkpoint)
         self.encoder = TextEncoder(
             backbone, TextTokenizer.from_pretrained(layout.transformer_folder), chunk_tokens
         )
@@ -107,6 +109,16 @@ class CrossEncoder(Model):
     @property
     def column(self) -> TextColumn:
         return self.encoder.tokenizer.column()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {
+            "checkpoint": self.checkpoint,
+            **self.encoder.identity,
+            "classes": self.classes,
+            "max_length": self.max_length,
+            "query_max_length": self.query_max_length,
+        }
 
     @property
     def reads(self) -> tuple[tuple[TextColumn, ...], tuple[TextColumn, ...]]:

@@ -7,6 +7,7 @@ from distill.data.judged import Judged, TextTable, summary
 from distill.data.mixture import Mixture
 from distill.data.negatives import Negatives, RandomNegatives
 from distill.data.retrieval import Retrieval
+from distill.data.scored_lists import ScoredLists
 from distill.data.source import Source, TextSource
 from distill.data.tables import Table, read_table
 from distill.data.text_data import TextData
@@ -24,6 +25,7 @@ __all__ = [
     "Negatives",
     "RandomNegatives",
     "Retrieval",
+    "ScoredLists",
     "Source",
     "Table",
     "TextData",

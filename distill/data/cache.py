@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
 
+from distill import paths
 from distill.errors import DataError
 
 
@@ -34,18 +33,10 @@ def unit_hash(text: str, seed: int = 0) -> float:
 
 @contextmanager
 def replacing(path: Path, in_cache: bool = True) -> Iterator[Path]:
-    """A temporary path that becomes ``path`` by rename if all went well, and vanishes if not."""
-    temporary = None
+    """``distill.paths.replacing`` for a file of the cache: an error says which setting helps."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        os.replace(temporary, path)
+        with paths.replacing(path) as temporary:
+            yield temporary
     except OSError as error:
         what, other = ("the cache", ", or set DISTILL_CACHE to another folder") if in_cache else ("it", "")
         raise DataError(f"{path}: cannot write {what} ({error}). Free space there{other}.") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)

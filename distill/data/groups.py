@@ -1,4 +1,4 @@
-"""Queries that list candidates, and pairs of texts: rows of one table. Next: ``texts.py``."""
+"""Queries that list candidates, and pairs of texts: rows of one table. Next: ``scored_lists.py``."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ class Groups(TextData):
         names = {"query": "query", "candidate": "candidate", "label": "label", "query_id": None}
         self.columns = _columns(names, columns)
         self.scores, self.task, self.seed = dict(scores or {}), task, seed
+        self.teachers = tuple(self.scores)
 
     def read(self, name: str) -> Judged:
         table, kept = _read_rows(self, name, "query")
@@ -129,6 +130,7 @@ class TextPairs(TextData):
         self.columns = _columns({"text1": "text1", "text2": "text2", "label": "label"}, columns)
         self.label_scale, self.classes = label_scale, classes
         self.scores, self.seed = dict(scores or {}), seed
+        self.teachers = tuple(self.scores)
 
     def read(self, name: str) -> Judged:
         table, kept = _read_rows(self, name, "text1")

@@ -131,8 +131,8 @@ class TextSource(Source):
 
     @property
     def scored(self) -> tuple[str, ...]:
-        """Teachers whose scores come with the batches: those of the data, unless negatives are added."""
-        return () if self.negatives else tuple(self.judged.scores)
+        """Teachers whose scores of all that is listed come with the data."""
+        return tuple(self.judged.scores)
 
     def prepare(
         self, query_columns: Sequence[TextColumn] = (), candidate_columns: Sequence[TextColumn] = ()
@@ -211,6 +211,7 @@ class TextSource(Source):
         index = torch.zeros_like(found)
         index[mask] = place
         known = mask & (entries >= 0)
+        sampled = not torch.equal(known, mask)  # what a sampler brought has no label and no given score
         entries = self.lists.entries[entries.clamp(min=0)] if len(listed) else entries
 
         def told(values: Tensor) -> Tensor:
@@ -225,7 +226,10 @@ class TextSource(Source):
             labels=None if labels is None else told(labels),
             draws=draws,
             known_positives=self.judged.positives.select(rows) if self.width else None,
-            stored={teacher: Outputs(scores=told(scores[teacher])) for teacher in self.scored},
+            stored={
+                teacher: Outputs(scores=told(scores[teacher]), known=known if sampled else None)
+                for teacher in self.scored
+            },
         )
 
     @property

@@ -13,6 +13,8 @@ from distill.data.source import TextSource
 class TextData(ABC):
     """A text data set with named splits; each is read when it is first asked for."""
 
+    teachers: tuple[str, ...] = ()  # whose scores come with it
+
     def __init__(self, splits: Sequence[str]):
         self.splits = tuple(splits)
         self._read: dict[str, Judged] = {}

@@ -3,71 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from distill.errors import DataError
+from distill.paths import replacing
+from distill.paths import replacing_folder as atomic_folder
 
-
-def _beside(path: Path, kind: str) -> Path:
-    """A free hidden name in the same folder, hence on the same disk: a rename there is atomic."""
-    return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.{kind}"
-
-
-@contextmanager
-def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """A new folder to write to, which takes the place of ``folder`` when the block ends well.
-
-    When the block fails nothing of it stays, and a folder that was there before is untouched.
-
-    Example:
-        >>> import tempfile
-        >>> target = Path(tempfile.mkdtemp()) / "student"
-        >>> with atomic_folder(target) as new:
-        ...     _ = (new / "config.json").write_text("{}")
-        >>> sorted(path.name for path in target.iterdir())
-        ['config.json']
-    """
-    target = Path(folder).absolute()
-    if target.exists() and not target.is_dir():
-        raise DataError(f"{folder} is a file; a folder is to be written there. Choose another name.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new, old = _beside(target, "tmp"), _beside(target, "old")
-    new.mkdir()
-    try:
-        yield new
-        if target.exists():
-            target.rename(old)
-        try:
-            new.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+__all__ = ["atomic_folder", "atomic_write_text", "read_json", "write_json"]
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
     """Write a text file (UTF-8) by rename: a reader sees the old text or the new, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = _beside(path.absolute(), "tmp")
-    try:
-        with new.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path, default: Any = None) -> Any:

@@ -31,7 +31,11 @@ def resolve_precision(wanted: Precision, device: torch.device | str) -> Literal[
 
 def serving_autocast(model) -> torch.autocast:
     """The autocast context for asking a model outside training, by its ``precision``."""
-    device = model.device.type
-    precision = resolve_precision(model.precision, device)
+    return autocast(model.precision, model.device)
+
+
+def autocast(wanted: Precision, device: torch.device) -> torch.autocast:
+    """A context in which models run in the precision that ``wanted`` means on the device."""
+    precision = resolve_precision(wanted, device.type)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device, dtype=dtype, enabled=precision != "no")
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "no")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,8 @@ from distill.nn.precision import native_bf16
 from distill.nn.tokenizer import TextTokenizer
 
 CHUNK_TOKENS = 2048  # of a chunk on a CPU: its activations stay near the core
+
+NOT_ITS_ANSWERS = ("dtype", "torch_dtype", "transformers_version")  # of a configuration
 
 Head = Callable[[object, Tensor], Tensor]  # (output of the transformer for a chunk, mask [n, T]) -> [n, ...]
 
@@ -47,6 +50,14 @@ class TextEncoder(nn.Module):
         self.tokenizer = tokenizer
         self.chunk_tokens = chunk_tokens
         self._half: tuple[tuple[int, ...], nn.Module] | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides its answers besides the weights: tokenizer, and settings of the architecture."""
+        settings = json.loads(self.backbone.config.to_json_string(use_diff=False))
+        kept = {k: v for k, v in settings.items() if k not in NOT_ITS_ANSWERS and "dropout" not in k}
+        kept = {key: value for key, value in kept.items() if not key.startswith("_")}
+        return {"tokenizer": self.tokenizer.fingerprint, "config": kept}
 
     def check_length(self, name: str, length: int) -> None:
         """Refuse more ids than the transformer has positions, or none beside the special ones."""

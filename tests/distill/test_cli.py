@@ -193,7 +193,9 @@ def test_check_says_what_a_run_will_do_and_cost(here):
     assert re.search(r"ranking +cross -> student +ScoreKL +1.0", done.out)
     assert "6 steps of 4 queries (3 epochs)" in done.out  # 8 queries, 4 at a time, 3 times
     assert "cross is asked once about 8 pairs" in done.out
-    assert "cross is asked 24 pairs again each epoch" in done.out  # 8 queries with 3 candidates
+    assert (
+        "cross is asked up to 24 pairs an epoch as samplers draw" in done.out
+    )  # 8 queries with 3 candidates
     assert not here.runs.exists()
 
 

@@ -169,9 +169,12 @@ def test_teacher_scores_of_the_data_lie_where_their_pairs_lie():
     assert source.scored == ("cross",)
 
 
-def test_a_sampled_negative_has_no_score_so_none_are_told():
+def test_it_is_told_which_scores_are_given_where_samplers_bring_more():
     source = TextSource(judged(LISTS, LABELS, scores={"cross": LABELS}), 3, negatives=[Fixed([9])])
-    assert source.scored == () and source.batch(0, 0).stored == {}
+    batch = source.batch(0, 0)
+    given = batch.stored["cross"]
+    assert torch.equal(given.known, batch.mask & (batch.candidate_ids[batch.index] != 9))
+    assert (batch.mask & ~given.known).sum() == 3 and not given.scores[~given.known].any()
 
 
 def test_unlabelled_lists():

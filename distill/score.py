@@ -1,0 +1,103 @@
+"""What ``distill score`` does: fills the teacher store as a training would, without the training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from distill.build import Builder
+from distill.data.text_data import TextData
+from distill.nn.precision import autocast
+from distill.paths import store_folder
+from distill.plan import heard_by
+from distill.settings import Recipe
+from distill.store import PLURAL, RecalledBatches, TeacherMemory, text_sources
+from distill.store_files import outdated, size_of
+from distill.trainer import steps_of
+
+Row = tuple[str, str, str, int | None, int | None, int]  # teacher, data, what; in all, known before, asked
+
+
+class Scoring:
+    """The frozen teachers of a recipe, its training data, and what the store knows of them.
+
+    Args:
+        recipe: Checked.
+        builder: Finds the models of other recipes.
+        data: The recipe's data sets, where they were read before.
+        mend: Remove damaged blocks from the store.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        builder: Builder,
+        data: Mapping[str, TextData] | None = None,
+        mend: bool = True,
+    ):
+        from accelerate.state import PartialState
+
+        self.recipe, self.store = recipe, store_folder()
+        data = builder.data(recipe) if data is None else data
+        self.graph = builder.graph(recipe)
+        self.source = builder.source(recipe, data, heard_by(self.graph, data))
+        device = PartialState().device
+        self.graph.to(device)
+        self.graph.autocast = partial(autocast, recipe.train.mixed_precision, device)
+        self.memory = TeacherMemory(self.graph, text_sources(self.source), recipe.train.store, mend)
+
+    def counts(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """(data set, teacher) -> how many texts or listed pairs it is asked about, and how many are known."""
+        found: dict[tuple[str, str], tuple[int, int]] = {}
+        for listener in self.memory.listeners:
+            counts = [self.memory.count(listener, axis) for axis in listener.signals]
+            found[listener.data, listener.name] = (sum(n for n, _ in counts), sum(k for _, k in counts))
+        return found
+
+    def score(self) -> list[Row]:
+        """Ask what is not known yet: all texts and listed pairs, then the pairs that samplers will bring."""
+        self.source.prepare(*self.graph.columns())
+        rows: list[Row] = []
+        for listener in self.memory.listeners:
+            for axis in listener.signals:
+                n, known = self.memory.count(listener, axis)
+                asked = self.memory.fill_in(listener, axis)
+                rows.append((listener.name, listener.data, PLURAL[axis], n, known, asked))
+        return rows + self._score_sampled()
+
+    def _score_sampled(self) -> list[Row]:
+        """The pairs of all batches of the training, asked in the blocks in which it would ask them."""
+        sampled = [
+            listener
+            for listener in self.memory.listeners
+            if "pair" in listener.signals and listener.source.negatives
+        ]
+        if not sampled:
+            return []
+        train, epoch = self.recipe.train, self.source.steps(0)
+        places = steps_of(train, epoch) * train.accumulate
+        before, batches = self.memory.asked.copy(), RecalledBatches(self.memory, self.source)
+        for place in tqdm(range(places), desc="pairs that samplers bring", disable=None, leave=False):
+            batches.batch(*divmod(place, epoch))
+        asked = self.memory.asked - before
+        names = dict.fromkeys(listener.name for listener in sampled)
+        return [(name, "", "pairs that samplers bring", None, None, asked[name]) for name in names]
+
+    def outdated(self) -> list[tuple[str, Path, int]]:
+        """Teacher, folder and bytes of what the store holds of these teachers under other settings."""
+        found = {}
+        for name, teacher in self.memory.teachers.items():
+            if teacher is not None:
+                signals = [
+                    signal.folder
+                    for listener in self.memory.listeners
+                    if listener.name == name
+                    for signal in listener.signals.values()
+                ]
+                for folder in outdated(teacher, [folder for folder in signals if folder is not None]):
+                    found[folder] = (name, folder, size_of(folder))
+        ours = {teacher.folder for teacher in self.memory.teachers.values() if teacher is not None}
+        return [row for folder, row in found.items() if folder not in ours]
