@@ -1,5 +1,7 @@
 """Ragged against plain lists, and what a Batch shows of itself."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -133,3 +135,38 @@ def test_to_moves_everything_inside():
     inside = [moved.index, moved.queries["text"].values, moved.candidates["secret"].offsets]
     assert {tensor.device.type for tensor in [*inside, moved.stored["cross"].scores]} == {"meta"}
     assert moved.labels is None and moved.source == "here"
+
+
+def test_a_part_has_the_chosen_rows_and_masks_what_it_lists_of_others():
+    batch = Batch(
+        index=torch.tensor([[0, 2, 0], [1, 0, 0], [2, 1, 0]]),
+        mask=torch.tensor([[True, True, False], [True, False, False], [True, True, True]]),
+        query_ids=torch.tensor([5, 6, 7]),
+        candidate_ids=torch.tensor([10, 11, 12]),
+        labels=torch.tensor([[1.0, 0.0, 0.0], [2.0, 0.0, 0.0], [3.0, 4.0, 0.0]]),
+        draws=torch.tensor([1, 2, 3]),
+        known_positives=Ragged.of([[10], [], [12, 11]]),
+        queries={"text": Ragged.of([[1], [2, 2], [3]])},
+        candidates={"text": Ragged.of([[4], [], [6]]), "length": torch.tensor([1, 0, 1])},
+        source="here",
+        stored={"cross": Outputs(scores=torch.zeros(3, 3))},
+    )
+    part = batch.select(torch.tensor([2, 0]), torch.tensor([2, 0]))
+    assert part.query_ids.tolist() == [7, 5] and part.candidate_ids.tolist() == [12, 10]
+    assert part.mask.tolist() == [[True, False, True], [True, True, False]]  # candidate 11 is not there
+    assert part.candidate_ids[part.index][part.mask].tolist() == [12, 10, 10, 12]
+    assert part.labels.tolist() == [[3, 4, 0], [1, 0, 0]] and part.draws.tolist() == [3, 1]
+    assert part.known_positives.tolist() == [[12, 11], [10]]
+    assert part.queries["text"].tolist() == [[3], [1]] and part.candidates["text"].tolist() == [[6], [4]]
+    assert part.candidates["length"].tolist() == [1, 1]
+    assert part.source == "here" and not part.stored
+    none = torch.tensor([], dtype=torch.int64)
+    assert batch.select(none, torch.tensor([1])).sizes == (0, 3, 1)
+    assert not batch.select(torch.tensor([0, 1]), none).mask.any()
+    assert part.select(none, none).select(none, none).sizes == (0, 3, 0)
+
+
+def test_every_field_with_rows_says_which():
+    """One that does not would be left out of a part without a word."""
+    silent = {f.name for f in fields(Batch) if "axis" not in f.metadata}
+    assert silent == {"index", "mask", "source", "stored"}

@@ -200,7 +200,7 @@ def test_check_says_what_a_run_will_do_and_cost(here):
 
 
 def test_check_says_what_a_cached_gradient_costs(here):
-    done = here("check", here.recipe({"models.cross.train": True}), "train.gradient_cache=3")
+    done = here("check", here.recipe(), "train.gradient_cache=3")
     assert "student caches its gradient: up to 6 chunks of 3 texts a batch, each read twice" in done.out
     refused = here("check", here.recipe(), "train.gradient_cache=0")
     assert refused.code == 2 and "train.gradient_cache" in refused.err
