@@ -161,6 +161,15 @@ def from_first(value: T) -> T:
     return said[0]
 
 
+def of_each(value: T) -> list[T]:
+    """What each process passes, in their order, for all processes."""
+    if world() == 1:
+        return [value]
+    said: list[Any] = [None] * world()
+    _together(dist.all_gather_object, said, value)
+    return said
+
+
 def any_of(*flags: bool) -> tuple[bool, ...]:
     """For each flag, whether some process of all processes has raised it."""
     if world() == 1:

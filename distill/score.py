@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from distill.build import Builder
+from distill.data.hard_negatives import HardNegatives
+from distill.data.negatives import Negatives
 from distill.data.text_data import TextData
 from distill.nn.precision import autocast
 from distill.paths import store_folder
 from distill.plan import heard_by
+from distill.processes import from_first, start, wait
 from distill.settings import Recipe
 from distill.store import PLURAL, RecalledBatches, TeacherMemory, text_sources
 from distill.store_files import outdated, size_of
 from distill.trainer import steps_of
+
+log = logging.getLogger("distill")
 
 Row = tuple[str, str, str, int | None, int | None, int]  # teacher, data, what; in all, known before, asked
 
@@ -40,6 +47,7 @@ class Scoring:
     ):
         from accelerate.state import PartialState
 
+        start()
         self.recipe, self.store = recipe, store_folder()
         data = builder.data(recipe) if data is None else data
         self.graph = builder.graph(recipe)
@@ -77,14 +85,27 @@ class Scoring:
         ]
         if not sampled:
             return []
+        learn = {name for listener in sampled for name in self._learning(listener.source.negatives)}
+        if learn:
+            log.info("what %s will find is not known before the training", " and ".join(sorted(learn)))
+            return []
         train, epoch = self.recipe.train, self.source.steps(0)
         places = steps_of(train, epoch) * train.accumulate
         before, batches = self.memory.asked.copy(), RecalledBatches(self.memory, self.source)
-        for place in tqdm(range(places), desc="pairs that samplers bring", disable=None, leave=False):
-            batches.batch(*divmod(place, epoch))
+        with tempfile.TemporaryDirectory() as folder:  # lists of frozen nodes are in the cache
+            for place in tqdm(range(places), desc="pairs that samplers bring", disable=None, leave=False):
+                if place % epoch == 0:
+                    self.source.refresh(self.graph, place // epoch, Path(from_first(folder)))
+                batches.batch(*divmod(place, epoch))
+            wait()
         asked = self.memory.asked - before
         names = dict.fromkeys(listener.name for listener in sampled)
         return [(name, "", "pairs that samplers bring", None, None, asked[name]) for name in names]
+
+    def _learning(self, samplers: Sequence[Negatives]) -> set[str]:
+        """The nodes that samplers ask and that learn."""
+        asked = {name for one in samplers if isinstance(one, HardNegatives) for name in one.nodes}
+        return asked & self.graph.trained
 
     def outdated(self) -> list[tuple[str, Path, int]]:
         """Teacher, folder and bytes of what the store holds of these teachers under other settings."""

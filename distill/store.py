@@ -24,6 +24,7 @@ from distill.graph import DistillationGraph
 from distill.model import Model
 from distill.outputs import AXES, Needs, Outputs
 from distill.paths import store_folder
+from distill.processes import any_of, gather, is_first, of_each, rank, world
 from distill.store_files import Precision, Signal, Teacher, pair_keys, signal_folder, text_keys
 
 log = logging.getLogger("distill")
@@ -152,10 +153,10 @@ class TeacherMemory:
         questions = self.unknown(listener, axis)
         n, what = sum(map(len, questions)), PLURAL[axis]
         with tqdm(total=n, desc=f"{listener.name}: {what}", disable=None, leave=False) as bar:
-            for question in questions:
-                self.ask(question)
-                bar.update(len(question))
-                if stopped():
+            for at_once in _in_turns(questions):
+                self.ask(at_once)
+                bar.update(sum(map(len, at_once)))
+                if any_of(stopped())[0]:
                     raise KeyboardInterrupt("the answers of the teachers so far are kept")
         if n:
             log.info("%s answered %s %s", listener.name, f"{n:,}", what)
@@ -171,9 +172,20 @@ class TeacherMemory:
         keys = keys[np.unique(keys[:, 0], return_index=True)[1]]
         return len(keys), int((listener.signals[axis].find(keys) >= 0).sum())
 
+    def ask(self, questions: Sequence[Question]) -> None:
+        """Ask one question in each process, and keep the answers: all hear all of them, the first writes."""
+        mine = self._answer(questions[rank()]) if rank() < len(questions) else {}
+        for question, values in zip(questions, of_each(mine), strict=False):
+            source, axis = question.listener.source, question.axis
+            keys = self._keys_of(source, axis, question.queries, question.candidates)
+            try:
+                question.listener.signals[axis].append(keys, values, on_disk=is_first())
+            except RunError as error:
+                raise RunError(f"models.{question.listener.name}: {error}") from error
+            self.asked[question.listener.name] += len(question)
+
     @torch.no_grad()
-    def ask(self, question: Question) -> None:
-        """Ask a teacher, and keep its answers."""
+    def _answer(self, question: Question) -> dict[str, Tensor]:
         listener, axis, source = question.listener, question.axis, question.listener.source
         node, signal = listener.node, listener.signals[axis]
         if axis == "pair":
@@ -186,12 +198,7 @@ class TeacherMemory:
         values = {f: getattr(answer, f).float() for f in signal.fields}
         if axis == "pair":
             values = {f: value[batch.mask] for f, value in values.items()}
-        keys = self._keys_of(source, axis, question.queries, question.candidates)
-        try:
-            signal.append(keys, {f: value.cpu() for f, value in values.items()})
-        except RunError as error:
-            raise RunError(f"models.{listener.name}: {error}") from error
-        self.asked[listener.name] += len(question)
+        return {f: value.cpu() for f, value in values.items()}
 
     def _rows(self, listener: Listener, axis: str) -> tuple[Tensor, Tensor]:
         """The queries and candidates of all texts, or pairs side by side, that a teacher is asked about."""
@@ -209,7 +216,8 @@ class TeacherMemory:
         self, listener: Listener, axis: str, queries: Tensor, candidates: Tensor
     ) -> list[Question]:
         keys = self._keys_of(listener.source, axis, queries, candidates)
-        missing = (listener.signals[axis].find(keys) < 0).nonzero()[0]
+        unknown = torch.from_numpy(listener.signals[axis].find(keys) < 0)
+        missing = gather(unknown[None]).any(dim=0).numpy().nonzero()[0]  # to any process
         _, first = np.unique(keys[missing, 0], return_index=True)
         rows = torch.from_numpy(missing[np.sort(first)])  # each once, in the order of the data
         return [
@@ -247,8 +255,8 @@ class TeacherMemory:
                 rows = [self._rows_in(listener, axis, batch) for batch in heard]
                 if rows:
                     queries, candidates = map(torch.cat, zip(*rows, strict=True))
-                    for question in self._questions(listener, axis, queries, candidates):
-                        self.ask(question)
+                    for at_once in _in_turns(self._questions(listener, axis, queries, candidates)):
+                        self.ask(at_once)
         return [self._recalled(batch) for batch in batches]
 
     @property
@@ -316,6 +324,12 @@ class RecalledBatches:
             batches = self.memory.recall_all([self.source.batch(epoch, s) for s in steps])
             self._made = {(epoch, s): batch for s, batch in zip(steps, batches, strict=True)}
         return self._made[epoch, step]
+
+
+def _in_turns(questions: Sequence[Question]) -> Iterator[Sequence[Question]]:
+    """As many questions at once as there are processes."""
+    for start in range(0, len(questions), world()):
+        yield questions[start : start + world()]
 
 
 def _with_given(listener: Listener, said: Outputs, batch: Batch) -> Outputs:

@@ -194,8 +194,8 @@ class Signal:
             answers[f] = torch.from_numpy(answer)
         return answers
 
-    def append(self, keys: np.ndarray, values: Mapping[str, Tensor]) -> None:
-        """Write a block, whole or not at all.
+    def append(self, keys: np.ndarray, values: Mapping[str, Tensor], on_disk: bool = True) -> None:
+        """Write a block, whole or not at all; or, where another process does, only know it.
 
         Raises:
             RunError: A value is not finite, or not in the range of the precision.
@@ -214,7 +214,7 @@ class Signal:
                 )  # fmt: skip
             arrays[f] = kept
         data = self._packed(keys, arrays)
-        if self.folder is not None and self.teacher is not None:
+        if on_disk and self.folder is not None and self.teacher is not None:
             path = self.folder / f"{xxhash.xxh3_128_hexdigest(data)}.arrow"
             try:
                 self.teacher.introduce()

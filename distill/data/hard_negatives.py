@@ -23,6 +23,7 @@ from distill.data.negatives import Negatives
 from distill.data.neighbours import Neighbours, Pairs, Search, Words
 from distill.errors import DataError, RecipeError
 from distill.paths import cache_folder
+from distill.processes import any_of, is_first, wait
 
 if TYPE_CHECKING:
     from distill.graph import DistillationGraph
@@ -147,7 +148,7 @@ class HardNegatives(Negatives):
             mined = found
         else:
             mined = self._mine(graph, queries, key, state, keep=not self._learns(graph))
-            mined.save(path, key, state, in_cache=False)
+            _save(mined, path, key, state, in_cache=False)
         self.mined, self._path = mined, path
         return mined.figures() if epoch == due and not begun else {}
 
@@ -257,17 +258,18 @@ class HardNegatives(Negatives):
             path = folder / f"queries-{size}-{number:05}.arrow"
             if (part := _load(path, key, state)) is None:
                 part = self._block(block, search, judge)
-                part.save(path, key, state)
+                _save(part, path, key, state)
             parts.append(part)
             if len(asked) > size:
                 done = min(len(asked), (number + 1) * size)
                 log.info("mining: %s of %s queries have their lists", f"{done:,}", f"{len(asked):,}")
         mined = Mined.join(parts)
-        shutil.rmtree(folder, ignore_errors=True)
+        if is_first():
+            shutil.rmtree(folder, ignore_errors=True)
         if not len(mined.ranks):
             raise self._none_left(mined)
         if keep:
-            mined.save(cached, key, state)
+            _save(mined, cached, key, state)
         return mined
 
     def _judge(
@@ -398,12 +400,20 @@ class NearestNegatives(HardNegatives):
 
 
 def _load(path: Path, key: str, state: str) -> Mined | None:
-    """Lists that can be made again if they are damaged."""
+    """Lists that can be made again if they are damaged; all processes find them, or none."""
     try:
-        return Mined.load(path, key, state)
+        mined = Mined.load(path, key, state)
     except ValueError as error:
         log.warning("%s; it is mined again.", error)
-        return None
+        mined = None
+    return None if any_of(mined is None)[0] else mined
+
+
+def _save(mined: Mined, path: Path, key: str, state: str, in_cache: bool = True) -> None:
+    """Keep lists for all processes, which all have them."""
+    if is_first():
+        mined.save(path, key, state, in_cache)
+    wait()
 
 
 def _can_search(model: Any) -> bool:

@@ -17,6 +17,7 @@ from distill.data.bm25 import best_by_words
 from distill.data.cache import replacing
 from distill.data.judged import Judged, TextTable
 from distill.errors import DataError
+from distill.processes import any_of, first_goes_first, gather, in_shares, is_first, share, wait
 
 if TYPE_CHECKING:
     from distill.evaluation import PairScorer
@@ -45,11 +46,12 @@ class Words:
         self.asked = judged.queries.same_text.unique()
         distinct = judged.candidates.same_text.unique()
         most = int(judged.positives.lengths.max()) + 1
-        found = best_by_words(
-            [judged.candidates.texts[row] for row in distinct.tolist()],
-            [judged.queries.texts[row] for row in self.asked.tolist()],
-            min(deep + most, len(distinct)),
-        )
+        with first_goes_first():
+            found = best_by_words(
+                [judged.candidates.texts[row] for row in distinct.tolist()],
+                [judged.queries.texts[row] for row in self.asked.tolist()],
+                min(deep + most, len(distinct)),
+            )
         self.rows = torch.where(found >= 0, distinct[found.clamp(min=0).long()], -1)
 
     def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -81,7 +83,7 @@ class Neighbours:
         from distill.evaluation.search import top
         from distill.index import nearest
 
-        asked = self._queries(queries)
+        asked = self._queries(queries)[share(len(queries))]
         rows, scores = torch.empty(len(asked), 0, dtype=torch.int64), torch.empty(len(asked), 0)
         for start, vectors in self._pieces():
             find = partial(_swapped, faiss.knn, vectors, metric=faiss.METRIC_INNER_PRODUCT)
@@ -90,7 +92,7 @@ class Neighbours:
             )
             scores, place = top(torch.cat([scores, more_scores], dim=1), k)
             rows = torch.cat([rows, more + start], dim=1).gather(1, place)
-        return self.rows[rows], scores
+        return self.rows[gather(rows)], gather(scores)
 
     def scores(self, queries: Tensor, which: Tensor, candidates: Tensor) -> Tensor:
         """Scores [T] of the candidates at rows [T], each with ``queries[which[t]]``."""
@@ -115,23 +117,32 @@ class Neighbours:
         for number, start in enumerate(range(0, len(self.rows), self.size)):
             rows = self.rows[start : start + self.size]
             path = self.folder / f"vectors-{number:05}.npy"
-            try:
-                vectors = np.load(path, allow_pickle=False)
-                if vectors.shape != (len(rows), self.model.dim) or vectors.dtype != np.float32:
-                    raise ValueError(f"{path} is no piece of these vectors")
-            except (OSError, ValueError, EOFError):  # not there yet, or not whole
+            vectors = self._piece(path, len(rows))
+            if any_of(vectors is None)[0]:
                 vectors = self._encoded(self.model.encode_candidates, self.judged.candidates, rows)
-                with replacing(path) as temporary, temporary.open("wb") as file:
-                    np.save(file, vectors)
+                if is_first():
+                    with replacing(path) as temporary, temporary.open("wb") as file:
+                        np.save(file, vectors)
+                wait()
                 done = f"{start + len(rows):,} of {len(self.rows):,}"
                 log.info("mining: %s candidates are encoded", done)
+            assert vectors is not None
             yield start, vectors
+
+    def _piece(self, path: Path, n: int) -> np.ndarray | None:
+        """The n vectors in a file; None: it is not there yet, or not whole."""
+        try:
+            vectors = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        return vectors if vectors.shape == (n, self.model.dim) and vectors.dtype == np.float32 else None
 
     def _encoded(self, encode: Callable[[list[str]], Tensor], table: TextTable, rows: Tensor) -> np.ndarray:
         from distill.evaluation.scoring import serving
 
         with serving(self.model):
-            vectors = encode([table.texts[row] for row in rows.tolist()]).float().cpu().contiguous()
+            vectors = in_shares(encode, [table.texts[row] for row in rows.tolist()])
+            vectors = vectors.float().cpu().contiguous()
         if not (finite := vectors.isfinite().all(dim=1)).all():
             broken = table.ids[int(rows[~finite][0])]
             raise DataError(f"the vector of '{broken}' is not finite: the model overflowed or has diverged.")
