@@ -119,13 +119,15 @@ def score(
 ) -> None:
     """Ask the frozen teachers of a recipe about its training data, and keep what they say; no training."""
     with reported(debug):
+        from distill.processes import is_first
         from distill.run import Runs
 
         quiet_libraries()
         all_runs = Runs(runs, trust or ())
         scoring = all_runs.scoring(all_runs.load(recipe, overrides or ()))
         if prune:
-            _prune(scoring, yes)
+            if is_first():
+                _prune(scoring, yes)
             return
         rows = [
             (*row[:3], *("" if number is None else f"{number:,}" for number in row[3:]))

@@ -9,6 +9,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -166,7 +168,7 @@ def workplace(tmp_path):
     return tmp_path
 
 
-def recipe(workplace, tiny_bert, happens=None):
+def recipe(workplace, tiny_bert, happens=None, mined=False):
     """A student, a trained peer and a cross-encoder; written as ``recipe.yaml`` and returned."""
     student = {"type": "students.BiEncoder", "checkpoint": str(tiny_bert(layers=1)), "dropout": 0.0}
     losses = {
@@ -194,6 +196,9 @@ def recipe(workplace, tiny_bert, happens=None):
         },
         "evaluate": {"metrics": ["nDCG@10", "MRR@10"]},
     }
+    if mined:
+        sampler = {"type": "distill.data.NearestNegatives", "by": "student", "count": 3, "top": 8, "every": 1}
+        document["data"] |= {"negatives": [sampler], "candidates": 5}
     (workplace / "recipe.yaml").write_text(json.dumps(document))
     return check_recipe(document, "")
 
@@ -222,6 +227,37 @@ def test_a_run_of_two_processes_is_that_of_one(workplace, tiny_bert):
         mine, alone = measured["models"][name], expected["models"][name]
         assert mine["metrics"] == pytest.approx(alone["metrics"], abs=1e-6)
         assert mine["queries"] == alone["queries"]
+
+
+def test_processes_share_mining_and_the_teachers_answers(workplace, tiny_bert, monkeypatch):
+    """The lists that are mined, what the store holds and the losses are those of one process."""
+    monkeypatch.setenv("DISTILL_CACHE", str(workplace / "cache"))  # where nothing is known
+    document = recipe(workplace, tiny_bert, mined=True)
+    code, _, err = run(workplace)
+    assert code == 0, err
+    monkeypatch.setenv("DISTILL_CACHE", str(workplace / "another"))
+    found, alone = workplace / "runs" / "mine", Runs(workplace / "alone").run(document)
+    lists = sorted(path.relative_to(found) for path in found.glob("mined/*/*.arrow"))
+    assert [path.name for path in lists] == ["epoch-0000.arrow", "epoch-0001.arrow"]
+    for path in lists[:1]:  # later ones are of weights that agree but to rounding
+        ours, theirs = (pa.ipc.open_file(folder / path).read_all() for folder in (found, alone))
+        assert ours["row"].equals(theirs["row"])
+        np.testing.assert_allclose(*(t["score"].combine_chunks().values for t in (ours, theirs)), atol=1e-5)
+    for line, expected in zip(history(found), history(alone), strict=True):
+        for key in ("loss", "loss/labels", "loss/scores"):  # ranks may turn on the last bit
+            assert line.get(key) == pytest.approx(expected.get(key), abs=1e-5), key
+
+
+def test_processes_score_once_what_one_then_knows(workplace, tiny_bert, monkeypatch):
+    monkeypatch.setenv("DISTILL_CACHE", str(workplace / "cache"))  # where nothing is known
+    document = recipe(workplace, tiny_bert)
+    code, out, err = launch(2, "distill", "score", "recipe.yaml", cwd=workplace)
+    assert code == 0, err
+    assert out.count("teacher store:") == 1
+    asked = next(line for line in out.splitlines() if "pairs" in line and "cross" in line).split()
+    assert asked[-1] == asked[-3] != "0"  # all of them, now
+    (row,) = [row for row in Runs().scoring(document).score() if row[0] == "cross"]
+    assert row[-1] == 0 and row[-2] == row[-3] == int(asked[-1])
 
 
 @pytest.mark.parametrize("where", [0, 1])
