@@ -27,7 +27,9 @@ def run(recipe: str, seeds: list[int], overrides: list[str], variant: str) -> No
 
     name = f"{recipe}-{variant}".rstrip("-").replace(" ", "_")
     for seed in seeds:
-        loaded = load_recipe(recipe, [*overrides, f"train.seed={seed}", f"name={name}/seed{seed}"])
+        own = not overrides and seed == load_recipe(recipe).train.seed  # the run that other recipes ask for
+        own_name = [] if own else [f"train.seed={seed}", f"name={name}-seed{seed}"]
+        loaded = load_recipe(recipe, [*overrides, *own_name])
         folder = Runs().run(loaded)
         metrics = json.loads((folder / "metrics.json").read_text())
         result = {
@@ -35,11 +37,9 @@ def run(recipe: str, seeds: list[int], overrides: list[str], variant: str) -> No
             "variant": variant,
             "overrides": overrides,
             "seed": seed,
-            "command": " ".join(
-                ["distill run", recipe, *overrides, f"train.seed={seed}", f"name='{name}/seed{seed}'"]
-            ),
+            "command": " ".join(["distill run", recipe, *overrides, *own_name]),
             "environment": environment(),
-            **{key: metrics[key] for key in ("keep", "steps", "best_step", "dev", "models")},
+            **{key: metrics[key] for key in ("keep", "steps", "best_step", "dev", "models", "comparison")},
         }
         path = RESULTS / f"{name.replace('/', '.')}.seed{seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)

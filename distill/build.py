@@ -25,7 +25,8 @@ from distill.settings import Recipe
 OURS = frozenset({"distill", "teachers", "students"})
 NODE_KEYS = ("type", "train", "of")
 ARROW_KEYS = ("type", "from", "to", "weight", "detach", "data")
-RUN_FOLDERS = ("baseline", "checkpoints", "index", "logs", "teachers")  # no model may be called so
+FROM_LABELS = ("from", "labels")  # an arrow's tail that is no model
+RUN_FOLDERS = ("baseline", "checkpoints", "index", "logs", "mined", "teachers")
 SOURCE_KEYS = (
     "batch_size",
     "candidates",
@@ -63,7 +64,7 @@ class Builder:
             if isinstance(node, Mapping) and not isinstance(node.get("negatives", []), list):
                 self.problems.append(f"{where}.negatives: it should be a list of samplers.")
         for name, node in recipe.models.items():
-            self._check_name(name, f"models.{name}", RUN_FOLDERS)
+            self._check_name(name, f"models.{name}", (*RUN_FOLDERS, "labels"))  # no model may be called so
             if set(node) == {"ref"}:
                 self._check_ref(node["ref"], recipe, f"models.{name}.ref", whole=True)
                 continue
@@ -80,7 +81,8 @@ class Builder:
                 self._check_name(name, f"{where}.{name}")
                 self._check_call(arrow, f"{where}.{name}", ARROW_KEYS[1:], Objective)
                 for key in ("from", "to"):
-                    if (end := arrow.get(key)) is not None and str(end) not in recipe.models:
+                    end = arrow.get(key)
+                    if end is not None and (key, end) != FROM_LABELS and str(end) not in recipe.models:
                         self._say(f"{where}.{name}.{key}", f"there is no model '{end}'.", end, recipe.models)
                 if "to" not in arrow:
                     self.problems.append(
@@ -209,7 +211,8 @@ class Builder:
             name=name,
             objective=self._call(spec["type"], arguments, where),
             head=spec["to"],
-            tail=spec.get("from"),
+            tail=None if spec.get("from") == "labels" else spec.get("from"),
+            labels=spec.get("from") == "labels",
             weight=spec.get("weight", 1.0),
             detach=spec.get("detach", True),
             data=tuple(_names(spec["data"])) if "data" in spec else None,

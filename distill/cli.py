@@ -215,10 +215,10 @@ def _show(folder: Path) -> None:
 
     table = results(read_json(folder / "metrics.json"))
     text = markdown_table(table.header, table.rows)
-    atomic_write_text(folder / "results.md", f"{text}\n\n{table.gap}\n" if table.gap else f"{text}\n")
+    atomic_write_text(folder / "results.md", "\n\n".join([text, *table.lines]) + "\n")
     print_table(table.header, table.rows)
-    if table.gap:
-        print(table.gap)
+    for line in table.lines:
+        print(line)
     print(f"run folder: {folder}")
     if queries := read_yaml(folder / "recipe.yaml").get("search"):
         print()

@@ -36,6 +36,7 @@ class Arrow:
             from 0 to 1 over the training, two points at one progress make a step. At 0 the arrow is closed.
         detach: Whether the teacher's words are constants here.
         data: Names of the sources it is limited to; None: all.
+        labels: Without a tail: whether the data's labels stand for a teacher's scores.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Arrow:
     weight: Weight = 1.0
     detach: bool = True
     data: tuple[str, ...] | None = None
+    labels: bool = False
 
     def weight_at(self, progress: float) -> float:
         """The weight at a progress in [0, 1].
@@ -61,6 +63,11 @@ class Arrow:
             if left <= progress < right:
                 return low + (high - low) * (progress - left) / (right - left)
         return points[-1][1]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it reads the labels, in its objective or for a teacher's scores."""
+        return self.objective.labelled or self.labels
 
     def is_open(self, progress: float, source: str) -> bool:
         return (self.data is None or source in self.data) and self.weight_at(progress) != 0.0
@@ -113,7 +120,7 @@ class DistillationGraph(nn.Module):
         """Whether both ends are there and provide what the objective needs."""
         ends = ((arrow.head, arrow.objective.student_needs), (arrow.tail, arrow.objective.teacher_needs))
         return all(
-            needs.fields <= self.nodes[name].provides if name in self.nodes else name is None and not needs
+            needs.fields <= (self.nodes[name].provides if name in self.nodes else _said_without(arrow, name))
             for name, needs in ends
         )
 
@@ -136,7 +143,8 @@ class DistillationGraph(nn.Module):
         said = self.represent(batch, asked)
         said = {name: self._compare(name, outputs, batch, asked[name]) for name, outputs in said.items()}
         return {
-            arrow.name: arrow.objective(said[arrow.head], self._heard(arrow, said), batch) for arrow in arrows
+            arrow.name: arrow.objective(said[arrow.head], self._heard(arrow, said, batch), batch)
+            for arrow in arrows
         }
 
     def open_arrows(self, progress: float, source: str = "") -> list[Arrow]:
@@ -211,9 +219,9 @@ class DistillationGraph(nn.Module):
             return self.nodes[name].compare(outputs, batch, needs)
 
     @staticmethod
-    def _heard(arrow: Arrow, said: Mapping[str, Outputs]) -> Outputs | None:
+    def _heard(arrow: Arrow, said: Mapping[str, Outputs], batch: Batch) -> Outputs | None:
         if arrow.tail is None:
-            return None
+            return Outputs(scores=batch.labels) if arrow.labels else None
         return said[arrow.tail].detach() if arrow.detach else said[arrow.tail]
 
     def columns(self) -> tuple[list[TextColumn], list[TextColumn]]:
@@ -295,9 +303,9 @@ class DistillationGraph(nn.Module):
             ("student", arrow.head, objective.student_needs),
             ("teacher", arrow.tail, objective.teacher_needs),
         ):
-            if name is None and needs:
+            if name is None and (missing := needs.fields - _said_without(arrow, name)):
                 yield (
-                    f"{where}: {kind} compares with a teacher's {', '.join(sorted(needs.fields))}; "
+                    f"{where}: {kind} compares with a teacher's {', '.join(sorted(missing))}; "
                     f"say which node with `from:`."
                 )
             if name not in self.nodes:
@@ -315,7 +323,7 @@ class DistillationGraph(nn.Module):
             if sources and name not in sources:
                 yield f"{where}.data: there is no data set '{name}'; there are {', '.join(sources)}."
         heard = [name for name in sources if arrow.data is None or name in arrow.data]
-        if objective.labelled and (bare := [name for name in heard if not sources[name]]):
+        if arrow.labelled and (bare := [name for name in heard if not sources[name]]):
             yield (
                 f"{where}: {kind} reads labels, and data set '{bare[0]}' has none; "
                 f"limit the arrow with `data: [...]` to those that have."
@@ -340,3 +348,8 @@ class DistillationGraph(nn.Module):
             yield f"{where}.weight: the progress of the points {weight} must rise within 0 to 1."
         if all(value == 0 for _, value in points):
             yield f"{where}.weight: it is 0 all the time, so the arrow never opens; remove it."
+
+
+def _said_without(arrow: Arrow, name: str | None) -> frozenset[str]:
+    """What an end of an arrow says that is no node: the labels, where they stand for scores."""
+    return frozenset({"scores"} if name is None and arrow.labels else ())

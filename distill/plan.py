@@ -170,7 +170,7 @@ def baseline_losses(recipe: Recipe) -> dict[str, dict[str, Any]] | None:
     losses = {
         name: arrow
         for name, arrow in recipe.losses.items()
-        if "from" not in arrow and arrow["to"] == recipe.keep
+        if arrow.get("from", "labels") == "labels" and arrow["to"] == recipe.keep
     }
     if not losses:
         raise RecipeError(
@@ -234,6 +234,10 @@ def check_uses(recipe: Recipe, graph: DistillationGraph) -> None:
         if name not in graph.trained:
             mistakes.add(
                 f"train.learning_rates: '{name}' is not a trained node.{nearest(name, graph.trained)}"
+            )
+        elif not any(key.startswith(f"node_modules.{name}.") for key in graph.trainable()):
+            mistakes.add(
+                f"train.learning_rates: all parameters of '{name}' are another node's; set the rate there."
             )
     mistakes.report()
 

@@ -19,6 +19,12 @@ class Results:
     header: list[str]
     rows: list[list[str]]
     gap: str  # in words, "" where it is not defined
+    compared: str = ""  # with and without teachers, on the same queries, in words
+
+    @property
+    def lines(self) -> list[str]:
+        """What stands below the table."""
+        return [line for line in (self.gap, self.compared) if line]
 
 
 def results(measured: Mapping[str, Any]) -> Results:
@@ -33,6 +39,7 @@ def results(measured: Mapping[str, Any]) -> Results:
         header=[HEADER[0], *metrics, *HEADER[1:]],
         rows=[row(name, models[key], metrics) for key, name in names.items()],
         gap=_gap(models, keep, order[:-1], metrics[0]) if metrics else "",
+        compared=_compared(measured.get("comparison"), keep),
     )
 
 
@@ -42,6 +49,18 @@ def row(name: str, entry: Mapping[str, Any], metrics: Sequence[str]) -> list[str
     numbers = [NOTHING if values.get(m) is None else f"{values[m]:.4f}" for m in metrics]
     speed = entry.get("queries_per_second")
     return [name, *numbers, f"{entry['size_mb']:.1f}", NOTHING if speed is None else f"{speed:,.0f}"]
+
+
+def _compared(comparison: Mapping[str, Any] | None, keep: str) -> str:
+    """Whether teachers helped, or the student was lucky with its queries."""
+    if comparison is None:
+        return ""
+    c = comparison
+    return (
+        f"{keep} with teachers - without: {c['difference']:+.4f} {c['metric']} "
+        f"({c['confidence']:.0%} interval {c['low']:+.4f} to {c['high']:+.4f}, p = {c['p_value']:.2g}, "
+        f"{c['queries']:,} queries)"
+    )
 
 
 def _gap(models: Mapping[str, Any], keep: str, teachers: Sequence[str], metric: str) -> str:

@@ -26,6 +26,7 @@ from distill.build import Builder
 from distill.data.judged import Judged
 from distill.errors import DataError, RecipeError, RunError
 from distill.evaluation import Evaluation
+from distill.evaluation.significance import CONFIDENCE, compare
 from distill.graph import DistillationGraph
 from distill.hub.files import atomic_write_text
 from distill.lock import LOCK, only_run_in
@@ -285,6 +286,7 @@ class _Run:
             "best_step": progress.best_step,
             "dev": progress.dev,
             "models": measures,
+            "comparison": self._comparison(evaluations),
         }
         card = self._card(measures, models[recipe.keep])
         atomic_write_text(self.folder / recipe.keep / "README.md", card)
@@ -292,6 +294,15 @@ class _Run:
         atomic_write_text(self.folder / FINISHED, json.dumps(result, indent=1))  # it marks the end
         for folder in (self.folder, self.folder / "baseline"):
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    def _comparison(self, evaluations: Mapping[str, Evaluation | None]) -> dict[str, Any] | None:
+        """The student with and without teachers on the same queries, in the first metric."""
+        keep, alone = evaluations[self.recipe.keep], evaluations.get("baseline")
+        metric = next(iter(self.recipe.evaluate.metrics), "")
+        if keep is None or alone is None or metric not in keep.per_query or len(keep.per_query) < 2:
+            return None  # a correlation over all pairs has no value per query
+        found = compare(alone.per_query, keep.per_query, metric)
+        return {"metric": metric, "confidence": CONFIDENCE, **found._asdict()}
 
     def _card(self, measures: Mapping[str, Mapping[str, Any]], model: Model) -> str:
         from distill.hub import model_card

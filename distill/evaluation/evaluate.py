@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,17 +49,6 @@ class Evaluation:
             name: getattr(self, name) for name in ("name", "task", "method", "queries", "threshold")
         }
         return plain_fields | {"metrics": means, "left_out": dict(self.left_out)}
-
-    def write_per_query(self, path: str | Path) -> None:
-        """Write the values per query as a parquet file, which appears whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            self.per_query.to_parquet(partial, index=False)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def evaluate_model(

@@ -10,6 +10,8 @@ import scipy
 
 from distill.errors import DataError
 
+CONFIDENCE = 0.95  # of an interval
+
 
 class Comparison(NamedTuple):
     """The mean difference b - a of a metric, its bootstrap interval and its permutation p-value."""
@@ -26,7 +28,7 @@ def compare(
     b: pd.DataFrame,
     metric: str,
     *,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
     resamples: int = 9999,
     seed: int = 0,
 ) -> Comparison:

@@ -228,6 +228,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         r"train.select: 'MRR' is not measured; evaluate.metrics are nDCG@10, Recall@100",
     ),
     ({"train.learning_rates": {"studnet": 1}}, r"train.learning_rates: 'studnet'.* Did you mean 'student'\?"),
+    (
+        {
+            "models.peer": {"ref": "student"},
+            "losses.peer": {"type": "distill.objectives.ScoreKL", "from": "cross", "to": "peer"},
+            "train.learning_rates": {"peer": 1},
+        },
+        r"train.learning_rates: all parameters of 'peer' are another node's",
+    ),
     ({"models.student.type": "students.BiEncodre"}, r"models.student.type: .*Did you mean 'BiEncoder'\?"),
     ({"models.student.type": "os.system"}, r"'os.system' is outside of .*--trust os"),
     (

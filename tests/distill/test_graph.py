@@ -10,7 +10,7 @@ from distill.batch import Batch
 from distill.errors import RecipeError
 from distill.graph import Arrow, DistillationGraph
 from distill.model import Encoder, Model
-from distill.objectives import EmbeddingMatch, SampledSoftmax, ScoreKL
+from distill.objectives import EmbeddingMatch, PointwiseScore, SampledSoftmax, ScoreKL
 from distill.outputs import Needs, Outputs
 
 
@@ -278,6 +278,20 @@ def test_objectives_with_parameters_are_bound_and_trained():
     assert graph.objectives["vectors"].linear.weight.shape == (6, 4)
     total(graph(Batch.of_scores(2, 3))).backward()
     assert grads(graph.objectives["vectors"]) > 0
+
+
+def test_labels_can_stand_for_a_teachers_scores():
+    """``from: labels``: the loss is what a teacher would cause whose scores are the labels."""
+    batch = Batch.of_scores(2, 3, labels=torch.tensor([[0.9, 0.1, 0.5], [0.2, 0.8, 0.0]]))
+    graph = graph_of([Arrow("graded", PointwiseScore(), "student", labels=True)])
+    graph.check({"judged": True})
+    told = graph(batch)["graded"]
+    student = graph.nodes["student"].represent(batch, Needs("scores"))
+    student = graph.nodes["student"].compare(student, batch, Needs("scores"))
+    expected = (student.scores - batch.labels).square().sum(dim=-1)
+    torch.testing.assert_close(told.loss, expected)
+    with pytest.raises(RecipeError, match=r"losses.graded: PointwiseScore reads labels, and .* 'texts'"):
+        graph.check({"texts": False})
 
 
 def test_sizes_that_do_not_fit_are_a_mistake_of_the_recipe():

@@ -50,6 +50,16 @@ def test_without_a_teacher_or_a_baseline_there_is_no_gap(values):
     assert results(run(**values)).gap == ""
 
 
+def test_the_student_is_compared_with_itself_without_teachers():
+    comparison = {"metric": "MAP", "difference": 0.0123, "low": 0.001, "high": 0.02, "p_value": 0.0312}
+    comparison |= {"queries": 1234, "confidence": 0.95}
+    lines = results(run(student=0.5, baseline=0.4) | {"comparison": comparison}).lines
+    assert lines == [
+        "student with teachers - without: +0.0123 MAP "
+        "(95% interval +0.0010 to +0.0200, p = 0.031, 1,234 queries)"
+    ]
+
+
 def test_a_run_without_metrics_still_has_a_table():
     table = results({"keep": "student", "models": {"student": {"size_mb": 1.0}}})
     assert (table.header, table.rows) == (

@@ -196,6 +196,16 @@ def test_per_query_figures_average_to_the_metrics(finished):
         assert part["nDCG@10"].mean() == pytest.approx(metrics[name]["metrics"]["nDCG@10"])
 
 
+def test_the_student_is_compared_with_its_baseline_query_by_query(finished):
+    folder, _ = finished
+    measured = json.loads((folder / "metrics.json").read_text())
+    found, models = measured["comparison"], measured["models"]
+    metric = found["metric"]
+    student, alone = (models[name]["metrics"][metric] for name in ("student", "baseline"))
+    assert found["difference"] == pytest.approx(student - alone)
+    assert found["low"] <= found["difference"] <= found["high"] and 0 < found["p_value"] <= 1
+
+
 def test_the_card_names_models_and_figures(finished):
     folder, _ = finished
     card = (folder / "README.md").read_text()

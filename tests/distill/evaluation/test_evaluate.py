@@ -1,6 +1,5 @@
 import json
 import math
-import os
 
 import numpy as np
 import pandas as pd
@@ -178,19 +177,6 @@ def test_the_result_is_written_whole_and_as_plain_types(tmp_path, monkeypatch):
         "metrics": {"Spearman": None},
         "left_out": {},
     }
-    path = tmp_path / "run" / "per_query.parquet"
-    result.write_per_query(path)
-    pd.testing.assert_frame_equal(pd.read_parquet(path), result.per_query)
-    before = path.read_bytes()
-
-    def fails(*_):
-        raise OSError("no space")
-
-    monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(OSError, match="no space"):
-        result.write_per_query(path)
-    assert path.read_bytes() == before
-    assert [*path.parent.iterdir()] == [path]
 
 
 def test_what_cannot_be_measured_is_said_before_the_work():
