@@ -121,7 +121,7 @@ class Normed(Bag):
             Normed(),
             True,
             False,
-            "models.student: its batch normalisation .* gradient_cache cannot allow",
+            "models.student: its batch normalisation .*gradient_cache cannot allow",
         ),
         (Normed(), True, True, "train.gradient_cache and several processes cannot allow; take a model"),
         (Normed(), False, False, None),
