@@ -516,6 +516,7 @@ def test_a_frozen_teacher_mines_once_and_batches_hold_what_it_found(tmp_path):
 
 
 def test_the_second_ctrl_c_ends_at_once(tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     made = source()
     batch = made.batch
 
