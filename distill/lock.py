@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distill.errors import UserError
+from distill.paths import fcntl
 
 LOCK = "lock"  # in the run folder, while somebody runs there
 
@@ -22,6 +22,9 @@ def only_run_in(folder: Path) -> Iterator[None]:
         UserError: Another process runs there.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:  # not a Unix: nobody is kept out there
+        yield
+        return
     path = folder / LOCK
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

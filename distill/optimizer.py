@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from distill.errors import RecipeError
 from distill.recipe import nearest
 from distill.settings import TrainSettings
 
+if TYPE_CHECKING:
+    from distill.graph import DistillationGraph
 
-def adamw(
-    parameters: Mapping[str, nn.Parameter], settings: TrainSettings, trained: Collection[str]
-) -> torch.optim.Optimizer:
+
+def rate_problems(settings: TrainSettings, graph: DistillationGraph) -> Iterator[str]:
+    """Learning rates of nodes that have no parameters of their own to train, in words."""
+    trained = sorted(graph.trained)
+    for name in settings.learning_rates:
+        if name not in graph.trained:
+            yield (
+                f"train.learning_rates: '{name}' is not a trained model; these are: "
+                f"{', '.join(trained)}.{nearest(name, trained)}"
+            )
+        elif not any(key.startswith(f"node_modules.{name}.") for key in graph.trainable()):
+            yield f"train.learning_rates: all parameters of '{name}' are another node's; set the rate there."
+
+
+def adamw(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
     """AdamW; vectors (biases, norms) do not decay.
 
     Args:
         parameters: Of the graph, by name.
         settings: Of the training; its ``learning_rates`` name nodes.
-        trained: The nodes that are trained.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in parameters.items():
@@ -31,11 +44,6 @@ def adamw(
         )
         decay = settings.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
-    if unknown := sorted(set(settings.learning_rates) - set(trained)):
-        raise RecipeError(
-            f"train.learning_rates: '{unknown[0]}' is not a trained model; these are: "
-            f"{', '.join(sorted(trained))}.{nearest(unknown[0], sorted(trained))}"
-        )
     return torch.optim.AdamW(
         [
             {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}

@@ -17,6 +17,7 @@ from distill.measure import can_be_measured
 from distill.model import Encoder, Model
 from distill.nn.text_encoder import without_weights
 from distill.nn.tokenizer import TextColumn
+from distill.optimizer import rate_problems
 from distill.pieces import piece_problems
 from distill.processes import world
 from distill.recipe import nearest
@@ -242,15 +243,8 @@ def check_uses(recipe: Recipe, graph: DistillationGraph) -> None:
             f"search: models.{recipe.keep} reads query and candidate together, so it has no index; "
             f"remove `search`."
         )
-    for name in recipe.train.learning_rates:
-        if name not in graph.trained:
-            mistakes.add(
-                f"train.learning_rates: '{name}' is not a trained node.{nearest(name, graph.trained)}"
-            )
-        elif not any(key.startswith(f"node_modules.{name}.") for key in graph.trainable()):
-            mistakes.add(
-                f"train.learning_rates: all parameters of '{name}' are another node's; set the rate there."
-            )
+    for problem in rate_problems(recipe.train, graph):
+        mistakes.add(problem)
     mistakes.report()
 
 

@@ -26,7 +26,7 @@ from distill.errors import DataError, RecipeError, RunError
 from distill.evaluation import higher_is_better
 from distill.graph import DistillationGraph
 from distill.nn.precision import resolve_precision
-from distill.optimizer import adamw, rate_at
+from distill.optimizer import adamw, rate_at, rate_problems
 from distill.paths import replacing
 from distill.pieces import piece_problems
 from distill.processes import (
@@ -88,11 +88,12 @@ class Trainer:
         graph.to(self.accelerator.device)
         graph.autocast = self.accelerator.autocast
         graph.gradient_cache = settings.gradient_cache
-        if problems := [*piece_problems(graph, settings.gradient_cache is not None, world() > 1)]:
+        problems = [*piece_problems(graph, settings.gradient_cache is not None, world() > 1)]
+        if problems := [*problems, *rate_problems(settings, graph)]:
             raise RecipeError("\n".join(problems))
         self.parameters = graph.trainable()
         take_from_first(list(self.parameters.values()))
-        self.optimizer = self.accelerator.prepare(adamw(self.parameters, settings, graph.trained))
+        self.optimizer = self.accelerator.prepare(adamw(self.parameters, settings))
         self._steps_given = steps is not None or settings.steps is not None
         self.progress = Progress(steps=steps or self._steps())
         self._history = History(self.folder / "history.jsonl")

@@ -6,7 +6,7 @@ Both are measured by ``benchmarks/encode_text.py``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeVar
@@ -61,7 +61,7 @@ def packs() -> bool:
         return False
 
 
-def in_streams(work: Callable[[A], B], given: Sequence[A]) -> Iterator[B]:
+def in_streams(work: Callable[[A], B], given: Sequence[A]) -> list[B]:
     """``work`` of each, without gradient, several at a time on few cores each; results in order.
 
     A matrix product of one chunk is too small to be shared well between cores.
@@ -69,8 +69,7 @@ def in_streams(work: Callable[[A], B], given: Sequence[A]) -> Iterator[B]:
     threads = torch.get_num_threads()
     streams = min(threads, MOST_STREAMS, len(given))
     if streams < 2:
-        yield from map(work, given)
-        return
+        return [work(one) for one in given]
     autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
     def alike(one: A) -> B:  # what a new thread does not inherit
@@ -81,6 +80,6 @@ def in_streams(work: Callable[[A], B], given: Sequence[A]) -> Iterator[B]:
     torch.set_num_threads(share)  # for MKL, which has one number for all threads
     try:
         with ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(share,)) as pool:
-            yield from pool.map(alike, given)
+            return [*pool.map(alike, given)]
     finally:
         torch.set_num_threads(threads)

@@ -89,7 +89,7 @@ class TextEncoder(nn.Module):
                 return head(output, mask).float()
 
         if device.type == "cpu" and not torch.is_grad_enabled() and not self.training:
-            parts = [*in_streams(answer, chunks)]
+            parts = in_streams(answer, chunks)
         else:
             parts = [answer(chunk) for chunk in chunks]
         order = torch.cat([rows for rows, _ in chunks]).to(device)

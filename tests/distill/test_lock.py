@@ -47,3 +47,9 @@ def test_a_run_that_fails_lets_go(tmp_path):
         raise KeyError
     with only_run_in(tmp_path):
         pass
+
+
+def test_where_files_cannot_be_locked_a_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.lock.fcntl", None)
+    with only_run_in(tmp_path / "run"):
+        assert not (tmp_path / "run" / LOCK).exists()

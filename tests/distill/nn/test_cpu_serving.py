@@ -53,7 +53,7 @@ def test_streams_answer_in_order_without_gradient(count, threads):
         return weight * one, torch.get_num_threads()
 
     with torch.no_grad():
-        said = [*in_streams(work, range(count))]
+        said = in_streams(work, range(count))
     assert [value.item() for value, _ in said] == [*range(count)]
     assert not any(value.requires_grad for value, _ in said)
     assert torch.get_num_threads() == 2
@@ -75,7 +75,7 @@ def test_an_error_in_a_stream_is_raised_and_threads_are_given_back(threads):
         raise ValueError(f"row {one}")
 
     with pytest.raises(ValueError, match="row 0"):
-        [*in_streams(work, range(5))]
+        in_streams(work, range(5))
     assert torch.get_num_threads() == 2
 
 
