@@ -216,8 +216,8 @@ class _Run:
                 "the same %s without teachers: same data, seed and %d steps", recipe.keep, progress.steps
             )
             alone = self.builder.graph(recipe, losses)
-            rate = recipe.baseline_learning_rate or recipe.train.learning_rate
-            settings = recipe.train.model_copy(update={"learning_rate": rate})
+            own = recipe.baseline_train.model_dump(exclude_none=True)
+            settings = recipe.train.model_copy(update=own)
             self._train(alone, self.folder / "baseline", settings, progress.steps)
             models["baseline"] = alone.nodes[recipe.keep]
             if is_first():

@@ -58,13 +58,21 @@ class EvaluateSettings(_Strict):
     rerank: Annotated[int, Field(gt=0)] = 100  # a model that cannot be indexed re-ranks so many of BM25's
 
 
+class BaselineTrain(_Strict):
+    """What may differ for the baseline: it is not to be measured at settings that suit teachers better."""
+
+    learning_rate: Annotated[float, Field(gt=0)] | None = None  # null: that of train, as for the others
+    evaluate_every: Annotated[float, Field(gt=0)] | None = None
+    patience: Annotated[int, Field(gt=0)] | None = None
+
+
 class Recipe(_Strict):
     """One YAML file: data, models, losses, and how to train and measure.
 
     ``models`` and ``losses`` are kept as data; ``build.py`` turns them into objects. ``baseline`` gives the
     losses of the same student trained without teachers, on the same data, steps and seed; ``true`` takes
-    the recipe's own losses that start at the labels. It may have a learning rate of its own, so that it is
-    not measured at one that suits its teachers better.
+    the recipe's own losses that start at the labels. ``baseline_train`` gives it a learning rate and
+    evaluations of its own.
     """
 
     name: str
@@ -74,7 +82,7 @@ class Recipe(_Strict):
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     baseline: bool | dict[str, dict[str, Any]] = False
-    baseline_learning_rate: Annotated[float, Field(gt=0)] | None = None  # null: train.learning_rate
+    baseline_train: BaselineTrain = BaselineTrain()
     keep: str = "student"
     search: list[str] = []  # sample queries answered from an index of the test candidates at the end
 

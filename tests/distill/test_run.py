@@ -17,6 +17,7 @@ from distill.errors import RecipeError
 from distill.evaluation import evaluate_model
 from distill.recipe import check_recipe, read_yaml
 from distill.run import Runs
+from distill.settings import BaselineTrain
 from distill.trainer import Trainer
 from students import BiEncoder
 
@@ -230,11 +231,13 @@ def test_the_baseline_differs_by_its_teachers_alone(finished):
     assert all(torch.equal(baseline.first[name], weight) for name, weight in student.first.items())
 
 
-def test_the_baseline_may_have_a_learning_rate_of_its_own(small, tmp_path, trainings):
-    recipe = small(name="x", baseline=True)
-    Runs(tmp_path).run(recipe.model_copy(update={"baseline_learning_rate": 3.0e-5}))
-    student, baseline = (seen.settings.learning_rate for seen in trainings)
-    assert (student, baseline) == (recipe.train.learning_rate, 3.0e-5)
+def test_the_baseline_may_be_trained_at_settings_of_its_own(small, tmp_path, trainings):
+    own = {"learning_rate": 3.0e-5, "evaluate_every": 0.5}
+    recipe = small(name="x", baseline=True, train__patience=7)
+    Runs(tmp_path).run(recipe.model_copy(update={"baseline_train": BaselineTrain(**own)}))
+    student, baseline = (seen.settings for seen in trainings)
+    assert student == recipe.train
+    assert baseline == student.model_copy(update=own)
 
 
 def test_a_run_is_a_function_of_its_recipe(small, tmp_path):
