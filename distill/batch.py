@@ -141,6 +141,7 @@ class Batch:
     candidate_ids: Tensor = _on("candidate")  # [P] int64, the candidate's row in its source, distinct
     labels: Tensor | None = _on("query", None)  # [B, N] float32, what the data says; None: it has no labels
     draws: Tensor | None = _on("candidate", None)  # [P] int64, how often each candidate was drawn; None: once
+    log_q: Tensor | None = _on("candidate", None)  # [P] float32, log of a candidate's sampling probability
     known_positives: Ragged | None = _on("query", None)  # candidate ids per query, in the batch or not
     queries: Mapping[str, Any] = _on("query", dict)  # name -> Column of B rows
     candidates: Mapping[str, Any] = _on("candidate", dict)  # name -> Column of P rows
