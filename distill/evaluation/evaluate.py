@@ -141,8 +141,8 @@ def check_measurable(judged: Judged, metrics: Sequence[str], threshold_from: Jud
         # refuses labels that these metrics cannot read
         pair_metrics.pairs(labels.numpy(), labels.numpy(), metrics, 0.5, _users(judged).numpy())
         return
-    asked = {metric: plain.ranking_metric(metric) for metric in metrics}
-    plain.check_catalogue(asked, _catalogue(judged, torch.empty(0)))
+    known_as = {metric: plain.ranking_metric(metric) for metric in metrics}
+    plain.check_catalogue(known_as, _catalogue(judged, torch.empty(0)))
     _with_positive(judged)
     if len(fractions := (labels != labels.round()).nonzero()[:, 0]):
         row = int(fractions[0])

@@ -11,10 +11,8 @@ from distill.evaluation import (
     Catalogue,
     Qrels,
     Run,
-    fit_threshold,
     higher_is_better,
     merit,
-    pairs,
     parse_metric,
     ranking,
 )
@@ -120,63 +118,6 @@ def test_a_ranking_that_cannot_be_measured_is_refused():
         ranking(Run(["q", "q"], ["a", "a"], [1, 2]), Qrels(["q"], ["a"], [1]), ["AP"])
     with pytest.raises(DataError, match="whole numbers"):
         rank({"q": {"a": 1.0}}, {"q": {"a": 0.5}}, "AP")
-
-
-def test_pairs_equal_the_formulas_worked_by_hand():
-    scores, labels = [2.0, -1.0, 0.0, 1.0], [1, 0, 1, 0]
-    measured = pairs(scores, labels, ["AUC", "Accuracy", "F1", "Logloss"], threshold=0.5)
-
-    def logistic(x):
-        return 1 / (1 + math.exp(-x))
-
-    right = [logistic(2), 1 - logistic(-1), logistic(0), 1 - logistic(1)]
-    assert measured == pytest.approx(
-        {"AUC": 3 / 4, "Accuracy": 2 / 4, "F1": 1 / 2, "Logloss": -sum(map(math.log, right)) / 4}
-    )
-    graded = pairs([1.0, 2.0, 3.0, 10.0], [1.0, 2.0, 4.0, 3.0], ["Spearman", "Pearson"])
-    assert graded["Spearman"] == pytest.approx(1 - 6 * 2 / (4 * 15))
-    assert graded["Pearson"] == pytest.approx(np.corrcoef([1, 2, 3, 10], [1, 2, 4, 3])[0, 1])
-
-
-def test_a_score_at_the_threshold_says_yes():
-    assert pairs([0.5], [1], ["Accuracy"], threshold=0.5) == {"Accuracy": 1.0}
-
-
-def test_constant_scores_have_no_correlation():
-    assert math.isnan(pairs([1.0, 1.0], [1.0, 2.0], ["Spearman"])["Spearman"])
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_threshold_is_the_best_there_is(seed):
-    draw = np.random.default_rng(seed)
-    scores = draw.integers(0, 8, size=12) / 4.0  # with ties
-    labels = draw.integers(0, 2, size=12)
-    tried = np.concatenate([[-1.0], np.unique(scores), [9.0]])
-    best = max(((scores >= threshold) == labels).mean() for threshold in tried)
-    assert pairs(scores, labels, ["Accuracy"], fit_threshold(scores, labels)) == {"Accuracy": best}
-
-
-def test_a_threshold_may_say_yes_or_no_to_all():
-    assert pairs([1.0, 2.0], [1, 1], ["Accuracy"], fit_threshold([1.0, 2.0], [1, 1])) == {"Accuracy": 1.0}
-    assert pairs([1.0, 2.0], [0, 0], ["Accuracy"], fit_threshold([1.0, 2.0], [0, 0])) == {"Accuracy": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("labels", "metric", "error", "message"),
-    [
-        ([0, 1], "AUCC", RecipeError, "Did you mean 'AUC'?"),
-        ([0, 1], "nDCG@10", RecipeError, "not a metric of pairs; there are Spearman"),
-        ([0, 1], "F1", RecipeError, "needs a threshold"),
-        ([0, 2.5], "AUC", DataError, "the label of pair 1 is 2.5; for graded labels choose Spearman"),
-        ([1, 1], "AUC", DataError, "labels of both kinds"),
-        ([0, math.nan], "Spearman", DataError, "label of pair 1 is nan"),
-        ([0, 1, 1], "Spearman", DataError, "one of each per pair"),
-    ],
-)
-def test_pairs_that_cannot_be_measured_are_refused(labels, metric, error, message):
-    with pytest.raises(error) as raised:
-        pairs([0.1, 0.2], labels, [metric])
-    assert message in str(raised.value)
 
 
 FAST = ["nDCG", "nDCG@5", "RR", "MRR@5", "Recall@5", "P@5", "AP", "AP@5", "Success@5", "HitRate@5"]
