@@ -185,10 +185,12 @@ class DistillationGraph(nn.Module):
         said: dict[str, Outputs] = {}
         for name, needs in asked.items():
             node, stored = self.nodes[name], batch.stored.get(name)
+            known = Outputs()
             if stored is not None and stored.known is None and name not in self.trained:
-                known = dict(stored.given()).keys()
-                if needs.fields <= known or node.represents(needs).fields <= known:
-                    said[name] = stored
+                known = stored
+                needs = _unanswered(node, needs, known)
+                if not needs:
+                    said[name] = known
                     continue
             view = batch.view(*([column.key for column in columns] for columns in node.reads))
             with torch.set_grad_enabled(torch.is_grad_enabled() and name in self.trained):
@@ -197,6 +199,7 @@ class DistillationGraph(nn.Module):
                         said[name] = node.represent_of({n: said[n] for n in node.of}, view, needs)
                 else:
                     said[name] = self._represent(node, view, needs)
+            said[name] = said[name].with_(**dict(known.given()))
         return said
 
     def _represent(self, node: Model, batch: Batch, needs: Needs) -> Outputs:
@@ -217,7 +220,7 @@ class DistillationGraph(nn.Module):
         if not missing:
             return outputs
         with torch.set_grad_enabled(torch.is_grad_enabled() and name in self.trained):
-            return self.nodes[name].compare(outputs, batch, Needs(*missing))
+            return self.nodes[name].compare(outputs, batch, needs.only(missing))
 
     @staticmethod
     def _heard(arrow: Arrow, said: Mapping[str, Outputs], batch: Batch) -> Outputs | None:
@@ -349,6 +352,13 @@ class DistillationGraph(nn.Module):
             yield f"{where}.weight: the progress of the points {weight} must rise within 0 to 1."
         if all(value == 0 for _, value in points):
             yield f"{where}.weight: it is 0 all the time, so the arrow never opens; remove it."
+
+
+def _unanswered(node: Model, needs: Needs, known: Outputs) -> Needs:
+    """What a node must still be asked to represent when some of it is known."""
+    there = dict(known.given()).keys()
+    left = needs.only(needs.fields - there)
+    return needs.only(node.represents(left).fields - there) if left else left
 
 
 def _said_without(arrow: Arrow, name: str | None) -> frozenset[str]:
