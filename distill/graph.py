@@ -16,7 +16,7 @@ from distill.errors import RecipeError
 from distill.gradient_cache import cached
 from distill.model import Model
 from distill.objectives.base import Loss, Objective
-from distill.outputs import ROWWISE, Needs, Outputs
+from distill.outputs import OF_TOKENS, ROWWISE, Needs, Outputs
 from distill.pieces import in_pieces
 from distill.processes import world
 
@@ -320,6 +320,7 @@ class DistillationGraph(nn.Module):
                     f"({type(self.nodes[name]).__name__}) provides only {', '.join(sorted(provides))}. "
                     f"Choose a {side} that provides it, or take this arrow out of the recipe."
                 )
+        yield from self._token_problems(arrow, where)
         if arrow.tail is not None and not objective.teacher_needs:
             yield f"{where}.from: {kind} hears no teacher, only labels; remove `from`."
         for name in arrow.data or ():
@@ -332,6 +333,20 @@ class DistillationGraph(nn.Module):
                 f"limit the arrow with `data: [...]` to those that have."
             )
         yield from self._weight_problems(where, arrow.weight)
+
+    def _token_problems(self, arrow: Arrow, where: str) -> Iterable[str]:
+        """Tokens are matched by their place in ids, which both ends must have cut alike."""
+        needs = (arrow.objective.student_needs, arrow.objective.teacher_needs)
+        ends = [self.nodes.get(name or "") for name in (arrow.head, arrow.tail)]
+        if ends[0] is None or ends[1] is None or not all(one.fields & OF_TOKENS for one in needs):
+            return
+        head, tail = (end.reads.keys[:2] for end in ends if end is not None)
+        if head != tail:
+            yield (
+                f"{where}: {type(arrow.objective).__name__} matches tokens of '{arrow.tail}' and "
+                f"'{arrow.head}', which cut texts into different ids: their tokenizers or prompts differ. "
+                f"Take checkpoints of one tokenizer, and set the prompts of '{arrow.head}' to \"\"."
+            )
 
     @staticmethod
     def _weight_problems(where: str, weight: Weight) -> Iterable[str]:
