@@ -23,6 +23,7 @@ from distill.evaluation.scoring import (
     score,
     score_listed,
     searched,
+    searches_tokens,
 )
 from distill.model import Encoder
 
@@ -70,7 +71,8 @@ def evaluate_model(
     Queries without a relevant candidate are left out, and counted in the result.
 
     Args:
-        model: An Encoder whose vectors are compared by dot product, or anything with ``score_pairs``.
+        model: An Encoder whose vectors are compared by dot product, or anything with ``score_pairs``; if it
+            has a vector per token, it searches by them.
         judged: The split; its labels are what is measured against.
         metrics: Names; see ``parse_metric`` for rankings and ``PAIR_METRICS`` for pairs.
         top_k: How deep to search for metrics without a cutoff, as MAP.
@@ -91,7 +93,7 @@ def evaluate_model(
         query, candidate = _distinct(query, candidate, len(judged.candidates))
         method = "listed candidates in order of score"
         scores = score(model, judged, query, candidate, progress)
-    elif can_search(model):
+    elif can_search(model) or searches_tokens(model):
         method = "exact search over all candidates"
         depth = plain.cutoff(metrics, default=top_k)
         query, candidate, scores = searched(model, judged, kept, depth, progress)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from distill.batch import Ragged
 from distill.data.bm25 import WORDS
 from distill.data.judged import Judged, Table
-from distill.evaluation.search import search, top
+from distill.evaluation.search import search, search_maxsim, top
 from distill.model import Encoder
 from distill.processes import gather, in_shares, share
 
@@ -63,6 +63,11 @@ def can_search(model: Any) -> TypeGuard[Encoder]:
     return isinstance(model, Encoder) and model.search == "dot"
 
 
+def searches_tokens(model: Any) -> TypeGuard[Encoder]:
+    """Whether it has a vector per token, to be searched by MaxSim."""
+    return isinstance(model, Encoder) and model.search == "maxsim"
+
+
 @contextmanager
 def serving(model: Any) -> Iterator[None]:
     """Without dropout and gradients; a model in training goes back to it."""
@@ -78,9 +83,9 @@ def serving(model: Any) -> Iterator[None]:
 
 
 def _encoded(
-    encode: Callable[..., Tensor], table: Table, rows: Tensor, progress: bool, model: Encoder
-) -> tuple[Tensor, Tensor]:
-    """Vectors [u, D] of the distinct ones of ``rows`` [T], and which of them each row is [T]."""
+    encode: Callable[..., Any], table: Table, rows: Tensor, progress: bool, model: Encoder
+) -> tuple[Any, Tensor]:
+    """Vectors, u rows, of the distinct ones of ``rows`` [T], and which of them each row is [T]."""
     distinct, place = torch.unique(rows, return_inverse=True)
     with serving(model):
         return in_shares(partial(encode, progress=progress), table.take(distinct)), place
@@ -107,7 +112,11 @@ def searched(
     queries, place = _encoded(
         model.encode_queries, judged.queries, judged.queries.same[kept], progress, model
     )
-    scores, found = search(queries[share(len(queries))], vectors, depth)
+    mine = share(len(queries))
+    if searches_tokens(model):
+        scores, found = search_maxsim(queries.select(torch.arange(mine.start, mine.stop)), vectors, depth)
+    else:
+        scores, found = search(queries[mine], vectors, depth)
     scores, found = gather(scores), gather(found)
     group = found[place].flatten()
     sizes = groups.lengths[group]

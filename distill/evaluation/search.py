@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distill.batch import Ragged
 from distill.errors import DataError
+from distill.maxsim import maxsim_all
 
 _BLOCK = 2**23  # scores held at a time
 
@@ -48,6 +50,21 @@ def search(
     ]
     none = torch.empty(0, min(k, len(candidate_vectors)), dtype=torch.int64, device=query_vectors.device)
     return _unpacked(torch.cat([none, *keys]))
+
+
+def search_maxsim(queries: Ragged, candidates: Ragged, k: int) -> tuple[Tensor, Tensor]:
+    """``search`` by MaxSim of token vectors, rows of [., D] each: scores and rows [n, min(k, m)]."""
+    _check_finite(queries.values, "query token")
+    _check_finite(candidates.values, "candidate token")
+    keys = [torch.empty(0, min(k, len(candidates)), dtype=torch.int64)]
+    for part in torch.arange(len(queries)).split(64):
+        asked, best = queries.select(part), torch.empty(len(part), 0, dtype=torch.int64)
+        for rows in torch.arange(len(candidates)).split(1024):
+            found = _packed(maxsim_all(asked, candidates.select(rows)), int(rows[0]))
+            best = torch.cat([best, found], dim=1)
+            best = best.topk(min(k, best.shape[1])).values
+        keys.append(best)
+    return _unpacked(torch.cat(keys))
 
 
 def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
