@@ -222,7 +222,8 @@ def index(
         name = str(model_folder(model, runs).resolve()) if local else model
         made = Index.build(vectors, ids, texts, factory=factory, model=name)
         made.save(output)
-        print(f"{output}: {len(made):,} candidates, {made.dim} dimensions, {factory}")
+        tokens = "" if made.tokens is None else f" of {len(made.tokens.values):,} tokens"
+        print(f"{output}: {len(made):,} candidates{tokens}, {made.dim} dimensions, {factory}")
 
 
 @app.command()

@@ -10,10 +10,11 @@ from distill.errors import UserError
 from distill.hub import check_checkpoint, local_folder
 from distill.hub.files import read_json
 from distill.hub.layouts import SETTINGS
+from distill.hub.multi_vector import is_multi_vector
 from distill.model import Model
 
 # Named as text, as a recipe does: the framework imports neither package.
-ENCODER, CROSS_ENCODER = "students.BiEncoder", "teachers.CrossEncoder"
+ENCODER, CROSS_ENCODER, COLBERT = "students.BiEncoder", "teachers.CrossEncoder", "teachers.ColBERT"
 
 
 def open_model(spec: str | Path, runs: str | Path = "runs") -> Model:
@@ -41,10 +42,13 @@ def model_folder(spec: str | Path, runs: str | Path = "runs") -> Path:
 def class_of(folder: Path) -> str:
     """Which class opens a model folder.
 
-    A classifier (an architecture ``...ForSequenceClassification``, or a CrossEncoder of
+    An encoder of a vector per token (a MultiVectorEncoder of sentence-transformers, a ColBERT) is a ColBERT,
+    a classifier (an architecture ``...ForSequenceClassification``, or a CrossEncoder of
     sentence-transformers) is a cross-encoder, all else an encoder.
     """
     check_checkpoint(folder)
+    if is_multi_vector(folder):
+        return COLBERT
     if (folder / SETTINGS).is_file():
         return CROSS_ENCODER if read_json(folder / SETTINGS).get("model_type") == "CrossEncoder" else ENCODER
     if (folder / "modules.json").is_file():

@@ -18,12 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distill.batch import Ragged
 from distill.errors import RunError
 
 PATIENCE = timedelta(hours=24)  # for one that works alone; a dead one is noticed at once
 BUCKET = 2**24  # values that are summed at a time
 
 T = TypeVar("T")
+R = TypeVar("R", Tensor, Ragged)
 
 
 class LostProcess(RunError):
@@ -95,32 +97,44 @@ def gather(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(rows.device)
 
 
-def gather_shares(rows: Tensor, n: int) -> Tensor:
+def gather_shares(rows: Tensor, n: int, lengths: Tensor | None = None) -> Tensor:
     """The n rows of which each process has its ``share``: [n, ...], with gradient.
 
     Every process goes on to compute the whole loss, so what it finds for its own rows is their gradient;
     it counts ``world()`` times, as each trains on that part of the loss only.
+
+    Args:
+        rows: This process's.
+        n: How many there are in all.
+        lengths: Where a row is several of ``rows``, how many each of the n is [n].
     """
-    return rows if world() == 1 else _Gathered.apply(rows, n)
+    if world() == 1:
+        return rows
+    shares = [share(n, of) for of in range(world())]
+    sizes = [_length(part) if lengths is None else int(lengths[part].sum()) for part in shares]
+    return _Gathered.apply(rows, sizes)
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, n: int) -> Tensor:
-        ctx.mine = share(n)
-        return gather(rows, [_length(share(n, of)) for of in range(world())])
+    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
+        start = sum(sizes[: rank()])
+        ctx.mine = slice(start, start + sizes[rank()])
+        return gather(rows, sizes)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0][ctx.mine] * world(), None
 
 
-def in_shares(work: Callable[[Any], Tensor], given: Any) -> Tensor:
+def in_shares(work: Callable[[Any], R], given: Any) -> R:
     """``work(given)``, a row for each of a list or Tensor: all processes do their share and have all."""
     if world() == 1:
         return work(given)
-    n = len(given)
-    return gather(work(given[share(n)]), [_length(share(n, of)) for of in range(world())])
+    said = work(given[share(len(given))])
+    if isinstance(said, Ragged):
+        return Ragged.of_lengths(gather(said.values), gather(said.lengths))
+    return gather(said)
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -349,7 +349,7 @@ class _Run:
         base = recipe.models[recipe.keep].get("checkpoint")
         return model_card(
             recipe.name,
-            "encoder" if isinstance(model, Encoder) else "cross_encoder",
+            _kind_of(model),
             recipe.model_dump(mode="json"),
             recipe.keep,
             {name: entry["metrics"] for name, entry in measures.items() if "metrics" in entry},
@@ -357,6 +357,13 @@ class _Run:
             dataset=" ".join(self.measured) if self.measured else "",
             base_model=base if isinstance(base, str) else None,
         )
+
+
+def _kind_of(model: Model) -> Literal["encoder", "multi_vector", "cross_encoder"]:
+    """What a model card calls it."""
+    if not isinstance(model, Encoder):
+        return "cross_encoder"
+    return "multi_vector" if model.search == "maxsim" else "encoder"
 
 
 def _empty(folder: Path) -> None:

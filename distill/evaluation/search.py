@@ -7,6 +7,7 @@ from torch import Tensor
 
 from distill.batch import Ragged
 from distill.errors import DataError
+from distill.maxsim import maxsim_all
 
 _BLOCK = 2**23  # scores held at a time
 
@@ -59,6 +60,21 @@ def search(
         keys.append(_search_block(queries, candidate_vectors, k, chunk, hidden))
     scores, rows = _unpacked(torch.cat(keys))
     return scores, rows if seen is None else rows.masked_fill(scores == -torch.inf, -1)
+
+
+def search_maxsim(queries: Ragged, candidates: Ragged, k: int) -> tuple[Tensor, Tensor]:
+    """``search`` by MaxSim of token vectors, rows of [., D] each: scores and rows [n, min(k, m)]."""
+    _check_finite(queries.values, "query token")
+    _check_finite(candidates.values, "candidate token")
+    keys = [torch.empty(0, min(k, len(candidates)), dtype=torch.int64)]
+    for part in torch.arange(len(queries)).split(64):
+        asked, best = queries.select(part), torch.empty(len(part), 0, dtype=torch.int64)
+        for rows in torch.arange(len(candidates)).split(1024):
+            found = _packed(maxsim_all(asked, candidates.select(rows)), int(rows[0]))
+            best = torch.cat([best, found], dim=1)
+            best = best.topk(min(k, best.shape[1])).values
+        keys.append(best)
+    return _unpacked(torch.cat(keys))
 
 
 def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

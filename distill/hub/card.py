@@ -12,13 +12,18 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from distill.errors import UserError
 
-Kind = Literal["encoder", "cross_encoder", "recommender"]
+Kind = Literal["encoder", "multi_vector", "cross_encoder", "recommender"]
 # library_name, pipeline_tag, further tags
 _HUB_WORDS: dict[str, tuple[str, str | None, list[str]]] = {
     "encoder": (
         "sentence-transformers",
         "sentence-similarity",
         ["sentence-transformers", "sentence-similarity", "feature-extraction"],
+    ),
+    "multi_vector": (
+        "sentence-transformers",
+        "sentence-similarity",
+        ["sentence-transformers", "multi-vector", "ColBERT", "feature-extraction"],
     ),
     "cross_encoder": ("sentence-transformers", "text-ranking", ["sentence-transformers", "cross-encoder"]),
     "recommender": ("distill", None, ["recommendation"]),
@@ -28,6 +33,13 @@ _USE_ELSEWHERE = {
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{path}")
+queries = model.encode_query(["what is distillation?"])
+documents = model.encode_document(["A small model learns from a large one."])
+print(model.similarity(queries, documents))""",
+    "multi_vector": """\
+from sentence_transformers import MultiVectorEncoder
+
+model = MultiVectorEncoder("{path}")
 queries = model.encode_query(["what is distillation?"])
 documents = model.encode_document(["A small model learns from a large one."])
 print(model.similarity(queries, documents))""",
@@ -42,6 +54,8 @@ _USE_HERE = {
 vectors = model.encode_queries(["what is distillation?"])
 candidates = model.encode_candidates(["A small model learns from a large one."])
 print(vectors @ candidates.T)""",
+    "multi_vector": """\
+print(model.score_pairs(["what is distillation?"], ["A small model learns from a large one."]))""",
 }
 
 
@@ -143,6 +157,7 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = False, token: 
 def _what_it_is(kind: Kind, recipe: Mapping[str, Any], student: str, base_model: str | None) -> str:
     words = {
         "encoder": "A text encoder for search: queries and passages become vectors to compare",
+        "multi_vector": "A text encoder for search by late interaction: each token becomes a vector",
         "cross_encoder": "A cross-encoder for ranking: it scores a query and a passage read together",
         "recommender": "A recommender: users and items become vectors to compare",
     }
