@@ -156,14 +156,15 @@ def check_measurable(judged: Judged, metrics: Sequence[str], threshold_from: Jud
         )
     if judged.task == "retrieval" and judged.seen is not None:
         n = len(judged.candidates)
-        asked, candidate = query_of(judged.listed)[labels > 0], judged.listed.values[labels > 0]
-        lost = torch.isin(asked * n + candidate, query_of(judged.seen) * n + judged.seen.values)
-        if lost.any():
-            row = int(lost.nonzero()[0])
+        wanted = (query_of(judged.listed) * n + judged.listed.values)[labels > 0].sort().values
+        seen = query_of(judged.seen) * n + judged.seen.values
+        place = torch.searchsorted(wanted, seen).clamp(max=len(wanted) - 1)
+        if len(lost := seen[wanted[place] == seen]):
+            user, item = int(lost[0]) // n, int(lost[0]) % n
             raise DataError(
-                f"{where}: query '{judged.queries.ids[int(asked[row])]}' has seen candidate "
-                f"'{judged.candidates.ids[int(candidate[row])]}', which is relevant to it, so a search that "
-                f"leaves out what was seen cannot find it; take it out of `seen`."
+                f"{where}: query '{judged.queries.ids[user]}' has seen candidate "
+                f"'{judged.candidates.ids[item]}', which is relevant to it, so a search that leaves out "
+                f"what was seen cannot find it; take it out of `seen`."
             )
 
 

@@ -159,7 +159,10 @@ def searched(
                 "a search by tokens cannot leave out what a query has seen; take another model."
             )
         queries, place = queries[place], torch.arange(len(kept))
-        hidden = _all_seen(judged.seen.select(kept), groups).select(place[share(len(kept))])
+        seen = judged.seen if len(kept) == len(judged.seen) else judged.seen.select(kept)
+        mine = share(len(kept))
+        offsets = seen.offsets[mine.start : mine.stop + 1]
+        hidden = _all_seen(Ragged(seen.values[offsets[0] : offsets[-1]], offsets - offsets[0]), groups)
     mine = share(len(queries))
     if searches_tokens(model):
         asked = cast(Ragged, queries).select(torch.arange(mine.start, mine.stop))
@@ -195,6 +198,8 @@ def _all_seen(seen: Ragged, groups: Ragged) -> Ragged:
     """Per query the groups of candidates of which it has seen every one."""
     n, of_row = len(groups.values), torch.empty_like(groups.values)
     of_row[groups.values] = torch.arange(len(groups)).repeat_interleave(groups.lengths)
+    if len(groups) == n:  # each candidate is its own
+        return Ragged(of_row[seen.values], seen.offsets)
     pair = (query_of(seen) * n + seen.values).unique()
     group, times = (pair // n * len(groups) + of_row[pair % n]).unique(return_counts=True)
     group = group[times == groups.lengths[group % len(groups)]]

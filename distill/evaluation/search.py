@@ -53,13 +53,20 @@ def search(
     if seen is not None and len(seen) != len(query_vectors):
         raise ValueError(f"seen must have a row for each of {len(query_vectors)} queries, got {len(seen)}.")
     device, block = query_vectors.device, max(1, _BLOCK // chunk)
-    keys = [torch.empty(0, min(k, len(candidate_vectors)), dtype=torch.int64, device=device)]
+    depth = min(k, len(candidate_vectors))
+    scores = [torch.empty(0, depth, device=device)]
+    rows = [torch.empty(0, depth, dtype=torch.int64, device=device)]
     for start in range(0, len(query_vectors), block):
         queries = query_vectors[start : start + block].float()
-        hidden = None if seen is None else _by_candidate(seen, start, len(queries)).to(device)
-        keys.append(_search_block(queries, candidate_vectors, k, chunk, hidden))
-    scores, rows = _unpacked(torch.cat(keys))
-    return scores, rows if seen is None else rows.masked_fill(scores == -torch.inf, -1)
+        hidden = None
+        if seen is not None:
+            several = chunk < len(candidate_vectors)
+            hidden = _by_candidate(seen, start, len(queries), ordered=several).to(device)
+        found = _search_block(queries, candidate_vectors, k, chunk, hidden)
+        scores.append(found[0])
+        rows.append(found[1])
+    found = torch.cat(scores), torch.cat(rows)
+    return found if seen is None else (found[0], found[1].masked_fill(found[0] == -torch.inf, -1))
 
 
 def search_maxsim(queries: Ragged, candidates: Ragged, k: int) -> tuple[Tensor, Tensor]:
@@ -79,60 +86,64 @@ def search_maxsim(queries: Ragged, candidates: Ragged, k: int) -> tuple[Tensor, 
 
 def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k highest of each row of [n, m] scores, best first; of equal ones the lowest column."""
-    return _unpacked(_packed(scores, 0).topk(min(k, scores.shape[1])).values)
+    return _unpacked(_packed(scores).topk(min(k, scores.shape[1])).values)
 
 
-def _search_block(queries: Tensor, candidates: Tensor, k: int, chunk: int, hidden: Tensor | None) -> Tensor:
-    best = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+def _search_block(
+    queries: Tensor, candidates: Tensor, k: int, chunk: int, hidden: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    scores = torch.empty(len(queries), 0, device=queries.device)
+    rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(candidates), chunk):
         part = candidates[start : start + chunk].to(queries.device, torch.float32)
-        scores = queries @ part.T
+        products = queries @ part.T
         if hidden is not None:
             first, last = torch.searchsorted(
                 hidden[1], hidden.new_tensor([start, start + len(part)])
             ).tolist()
-            scores[hidden[0, first:last], hidden[1, first:last] - start] = -torch.inf
-        keys = torch.cat([best, _best(scores, start, min(k, len(part)))], dim=1)
-        best = keys.topk(min(k, keys.shape[1])).values
-    return best
+            products[hidden[0, first:last], hidden[1, first:last] - start] = -torch.inf
+        found, columns = _best(products, k)
+        if start == 0:
+            scores, rows = found, columns
+            continue
+        scores, rows = torch.cat([scores, found], dim=1), torch.cat([rows, columns + start], dim=1)
+        scores, columns = _best(scores, k)  # of equal ones the earlier chunk's stand first
+        rows = rows.gather(1, columns)
+    return scores, rows
 
 
-def _best(scores: Tensor, first_row: int, k: int) -> Tensor:
-    """The keys of the k highest of each row of [n, m] scores, in any order.
-
-    Sorting keys takes several times as long as sorting scores, and they are needed only by those few rows
-    whose k-th score ties with a score that was not taken.
-    """
-    values, columns = scores.topk(k)
-    keys = _keys(values, columns + first_row)
-    least = values[:, -1:]
-    tied = ((scores >= least).sum(dim=1) > k) & (least[:, 0] > -torch.inf)
+def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``top``: only rows with a tie among their first k + 1, few as a rule, are sorted with care."""
+    n = scores.shape[1]
+    values, columns = scores.topk(min(k + 1, n))
+    tied = (values[:, 1:] == values[:, :-1]).any(dim=1)
+    values, columns = values[:, :k], columns[:, :k]
     if tied.any():
-        keys[tied] = _packed(scores[tied], first_row).topk(k).values
-    return keys
+        values, columns = values.clone(), columns.clone()
+        values[tied], columns[tied] = top(scores[tied], k)
+    return values, columns
 
 
-def _by_candidate(seen: Ragged, start: int, n: int) -> Tensor:
-    """Queries, from 0, and rows of candidates of what n queries from ``start`` have seen: [2, T], by row."""
-    part = seen.select(torch.arange(start, start + n, device=seen.offsets.device))
-    query = torch.arange(n, device=part.values.device).repeat_interleave(part.lengths)
-    order = part.values.argsort()
-    return torch.stack([query[order], part.values[order]])
+def _by_candidate(seen: Ragged, start: int, n: int, ordered: bool) -> Tensor:
+    """Queries, from 0, and rows of candidates of what n queries from ``start`` have seen: [2, T]."""
+    bounds = seen.offsets[start : start + n + 1]
+    rows = seen.values[bounds[0] : bounds[-1]]
+    query = torch.repeat_interleave(bounds.diff())
+    if ordered:
+        order = rows.argsort()
+        query, rows = query[order], rows[order]
+    return torch.stack([query, rows])
 
 
-def _packed(scores: Tensor, first_row: int) -> Tensor:
-    """The keys of [n, m] scores, of rows from ``first_row``."""
-    return _keys(scores, torch.arange(first_row, first_row + scores.shape[1], device=scores.device))
-
-
-def _keys(scores: Tensor, rows: Tensor) -> Tensor:
-    """One int64 per score, ordered by score and then by lower row: no two are equal, so top-k is unique.
+def _packed(scores: Tensor) -> Tensor:
+    """One int64 per score, ordered by score and then by lower column: no two are equal, so top-k is unique.
 
     The bits of a float32, read as an integer, keep its order once those of negative numbers are flipped.
     """
     bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: -0.0 equals 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    return (ordered << 32) | (0xFFFFFFFF - rows)
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    return (ordered << 32) | (0xFFFFFFFF - columns)
 
 
 def _unpacked(keys: Tensor) -> tuple[Tensor, Tensor]:
