@@ -54,20 +54,30 @@ class Tables(nn.Module):
         features: Fitted; they know how many rows each vocabulary has.
         wanted: The features that will be read.
         dim: The size of a vector.
-        but: Vocabularies left out: somebody else has their table.
+        given: Tables of another model, by vocabulary; those that are wanted are shared, not made anew.
     """
 
-    def __init__(self, features: Features, wanted: Iterable[Feature], dim: int, but: Iterable[str] = ()):
+    def __init__(
+        self,
+        features: Features,
+        wanted: Iterable[Feature],
+        dim: int,
+        given: Mapping[str, Table] | None = None,
+    ):
         super().__init__()
         if dim < 1:
             raise ValueError(f"the size of an embedding must be at least 1, got {dim}.")
         self.dim = dim
-        left_out = set(but)
-        names = dict.fromkeys(vocabulary_of(f) for f in wanted if has_ids(f))
-        self._tables = nn.ModuleDict(
-            {_key(name): Table(features.size(name), dim) for name in names if name not in left_out}
-        )
-        self.names = tuple(name for name in names if name not in left_out)
+        self.names = tuple(dict.fromkeys(vocabulary_of(f) for f in wanted if has_ids(f)))
+        self._tables = nn.ModuleDict()
+        for name in self.names:
+            shape, table = (features.size(name), dim), (given or {}).get(name)
+            if table is not None and (*table.weight.shape,) != shape:
+                raise ValueError(
+                    f"the shared table of '{name}' is {[*table.weight.shape]}, and {[*shape]} is needed: both "
+                    f"models must read the features of one data set."
+                )
+            self._tables[_key(name)] = Table(*shape) if table is None else table
 
     def by_name(self) -> dict[str, Table]:
         """The tables by vocabulary."""
@@ -103,30 +113,13 @@ class FeatureEmbedding(nn.Module):
                 self.register_buffer(f"{_key(feature.name)}_vectors", vectors, persistent=False)
                 self.projections[_key(feature.name)] = nn.Linear(vectors.shape[1], dim)
 
-    @property
-    def width(self) -> int:
-        """W, how many numbers a row has."""
-        return sum(self.widths)
-
     def forward(
         self,
         columns: Mapping[str, Any],
         tables: Mapping[str, Table],
-        pooled: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Rows [n, W] float32.
-
-        Args:
-            columns: Of n rows each, by the features' names.
-            tables: By vocabulary.
-            pooled: Vectors [n, dim] for sequences that somebody else has pooled.
-        """
-        parts = []
-        for feature in self.wanted:
-            if pooled is not None and feature.name in pooled:
-                parts.append(pooled[feature.name])
-            else:
-                parts.append(self._embedded(feature, columns[feature.name], tables))
+        """Rows [n, W] float32, of n rows of columns by the features' names, and tables by vocabulary."""
+        parts = [self._embedded(feature, columns[feature.name], tables) for feature in self.wanted]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _embedded(self, feature: Feature, column: Any, tables: Mapping[str, Table]) -> Tensor:
