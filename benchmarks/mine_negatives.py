@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))  # what is measured is this checkout, whether or n
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from distill.batch import Batch, Ragged  # noqa: E402
+from distill.batch import Batch, Columns, Ragged  # noqa: E402
 from distill.data import Judged, NearestNegatives, TextTable  # noqa: E402
 from distill.graph import DistillationGraph  # noqa: E402
 from distill.model import Encoder  # noqa: E402
@@ -40,7 +40,7 @@ class Generated(Encoder):
     """Unit vectors made of a text's number: near one of 4,093 centres, so that there are neighbours."""
 
     provides = frozenset({"queries", "candidates"})
-    reads = ((), ())
+    reads = Columns()
 
     def __init__(self, dim: int):
         super().__init__()

@@ -44,7 +44,7 @@ from _measure import (
 )
 from torch import nn
 
-from distill.batch import Batch
+from distill.batch import Batch, Columns
 from distill.model import Model
 from distill.objectives.base import Loss
 from distill.outputs import Needs, Outputs
@@ -64,8 +64,8 @@ class StoredScores(Model):
         return frozenset({"scores"})
 
     @property
-    def reads(self) -> tuple[tuple[()], tuple[()]]:
-        return (), ()
+    def reads(self) -> Columns:
+        return Columns()
 
     def represent(self, batch: Batch, needs: Needs) -> Outputs:
         raise AssertionError("the scores come with the data")

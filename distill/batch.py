@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -114,8 +114,29 @@ def _spread(starts: Tensor, lengths: Tensor) -> Tensor:
 Column = Tensor | Ragged
 
 
+class Readable(Protocol):
+    """What a model may read of a row, by its key: a text in a tokenizer's ids, a feature."""
+
+    @property
+    def key(self) -> str: ...
+
+
+class Columns(NamedTuple):
+    """What is read of queries, of candidates, and of listed pairs."""
+
+    queries: Sequence[Readable] = ()
+    candidates: Sequence[Readable] = ()
+    pair: Sequence[Readable] = ()
+
+    @property
+    def keys(self) -> tuple[list[str], list[str], list[str]]:
+        """The columns' names, side by side."""
+        queries, candidates, pair = ([column.key for column in side] for side in self)
+        return queries, candidates, pair
+
+
 def _on(axis: str, default: Any = MISSING) -> Any:
-    """A field of Batch with a row for each query, or for each candidate."""
+    """A field of Batch with a row for each query (its listed candidates along it), or for each candidate."""
     return field(
         metadata={"axis": axis}, **({"default_factory": dict} if default is dict else {"default": default})
     )
@@ -131,8 +152,9 @@ class Batch:
 
     ``index`` says which of the P a query lists, positives first; P may hold candidates that nobody
     lists. B, N or P may be 0 (a batch of texts only has B = 0). Columns are by name: text is a Ragged
-    of token ids, once per tokenizer and prompt. A candidate's id stands for its text: two candidates
-    with equal text have one id, so a false negative is found by id and by text at once.
+    of token ids, once per tokenizer and prompt; features are Tensors, histories Ragged. A candidate's id
+    stands for its content: two candidates with equal text have one id, so a false negative is found by id
+    and by text at once.
     """
 
     index: Tensor  # [B, N] int64, which of the P
@@ -141,9 +163,11 @@ class Batch:
     candidate_ids: Tensor = _on("candidate")  # [P] int64, the candidate's row in its source, distinct
     labels: Tensor | None = _on("query", None)  # [B, N] float32, what the data says; None: it has no labels
     draws: Tensor | None = _on("candidate", None)  # [P] int64, how often each candidate was drawn; None: once
+    log_q: Tensor | None = _on("candidate", None)  # [P] float32, log of the probability to be drawn
     known_positives: Ragged | None = _on("query", None)  # candidate ids per query, in the batch or not
     queries: Mapping[str, Any] = _on("query", dict)  # name -> Column of B rows
     candidates: Mapping[str, Any] = _on("candidate", dict)  # name -> Column of P rows
+    pair: Mapping[str, Any] = _on("query", dict)  # name -> Tensor [B, N]; 0 where nothing is listed
     source: str = ""  # the data set's name in the recipe
     stored: Mapping[str, Any] = field(default_factory=dict)  # node -> Outputs known beforehand
 
@@ -167,12 +191,15 @@ class Batch:
         """B, N, P."""
         return self.index.shape[0], self.index.shape[1], len(self.candidate_ids)
 
-    def view(self, query_columns: Iterable[str], candidate_columns: Iterable[str]) -> Batch:
+    def view(
+        self, query_columns: Iterable[str], candidate_columns: Iterable[str], pair_columns: Iterable[str] = ()
+    ) -> Batch:
         """The same batch with only the named columns: what a model did not ask for cannot reach it."""
         return replace(
             self,
             queries={name: self.queries[name] for name in query_columns},
             candidates={name: self.candidates[name] for name in candidate_columns},
+            pair={name: self.pair[name] for name in pair_columns},
             stored={},
         )
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from distill.arguments import wrong_value
+from distill.data.dataset import DataSet
 from distill.data.mixture import Mixture
 from distill.data.source import Source
-from distill.data.text_data import TextData
 from distill.errors import Mistakes, RecipeError, UserError
 from distill.graph import Arrow, DistillationGraph
 from distill.model import Model
@@ -48,6 +48,7 @@ class Builder:
     trusted: Collection[str] = ()
     run_folder: Callable[[str], str | Path] | None = None
     problems: list[str] = field(default_factory=list)
+    known: dict[str, DataSet] = field(default_factory=dict)  # the data sets, once they are built
 
     def check(self, recipe: Recipe) -> None:
         """The first look: every type exists, every argument has a name its type knows. Builds nothing."""
@@ -60,7 +61,7 @@ class Builder:
         one = not any(isinstance(node, Mapping) and "type" in node for node in recipe.data.values())
         for name, node in {"data": recipe.data}.items() if one else recipe.data_sets.items():
             where = "data" if one else self._place(recipe, name)
-            self._check_call(node, where, SOURCE_KEYS, TextData)
+            self._check_call(node, where, SOURCE_KEYS, DataSet)
             if isinstance(node, Mapping) and not isinstance(node.get("negatives", []), list):
                 self.problems.append(f"{where}.negatives: it should be a list of samplers.")
             for i, key, model in self._nodes_of_samplers(node):
@@ -118,10 +119,12 @@ class Builder:
             if self.run_folder is None:
                 raise RecipeError(f"{where}.run: '{node['run']}' names a run, and there are none here.")
             return str(self.run_folder(node["run"]))
+        if set(node) == {"data"}:
+            return self._features(node["data"], f"{where}.data")
         arguments = {key: self.build(value, f"{where}.{key}") for key, value in node.items() if key != "type"}
         return self._call(node["type"], arguments, where) if "type" in node else arguments
 
-    def data(self, recipe: Recipe) -> dict[str, TextData]:
+    def data(self, recipe: Recipe) -> dict[str, DataSet]:
         """The data sets by name."""
         data, mistakes = {}, Mistakes()
         for name, node in recipe.data_sets.items():
@@ -136,9 +139,22 @@ class Builder:
                             f"such model; there are {there}.{nearest(teacher, recipe.models)}"
                         )
         mistakes.report()
+        self.known = data
         return data
 
-    def source(self, recipe: Recipe, data: Mapping[str, TextData], heard: Collection[str]) -> Source:
+    def _features(self, name: Any, where: str) -> Any:
+        """The features of a data set, which a model asks for with ``{data: NAME}``."""
+        if name not in self.known:
+            there = ", ".join(self.known) or "none"
+            raise RecipeError(
+                f"{where}: there is no data set '{name}'; there are {there}.{nearest(str(name), self.known)}"
+            )
+        try:
+            return self.known[name].features
+        except UserError as error:
+            raise type(error)(f"{where}: {error}") from error
+
+    def source(self, recipe: Recipe, data: Mapping[str, DataSet], heard: Collection[str]) -> Source:
         """Batches of the train splits of the ``heard`` data sets; several are mixed."""
         if not heard:
             raise RecipeError(
@@ -287,7 +303,7 @@ class Builder:
             if key in ("train", "detach") and key in extra:  # in YAML 1.2, `no` is a word
                 problem = "" if isinstance(value, bool) else f"should be true or false, got {value!r}"
             else:
-                takes = TextData.train_source if base is TextData and key in extra else target
+                takes = DataSet.train_source if base is DataSet and key in extra else target
                 problem = wrong_value(takes, key, value)
             if problem:
                 self.problems.append(f"{where}.{key}: it {problem}.")

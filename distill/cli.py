@@ -93,10 +93,9 @@ def check(
         ]
         print_table(["model", "type", "", "provides", "M parameters"], nodes, text_columns=4)
         print_table(["loss", "way", "objective", "weight"], list(plan.arrows()), text_columns=3)
-        queries, candidates = ([column.key for column in side] for side in plan.graph.columns())
-        print(
-            f"columns: queries {', '.join(queries) or 'none'}; candidates {', '.join(candidates) or 'none'}"
-        )
+        sides = zip(("queries", "candidates", "pairs"), plan.graph.columns().keys, strict=True)
+        told = [f"{side} {', '.join(keys)}" for side, keys in sides if keys]
+        print(f"columns: {'; '.join(told) or 'none'}")
         print("\n".join([plan.training(), *plan.costs(all_runs.judged(plan))]))
 
 

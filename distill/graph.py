@@ -11,11 +11,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from distill.batch import Batch
+from distill.batch import Batch, Columns, Readable
 from distill.errors import RecipeError
 from distill.gradient_cache import cached
 from distill.model import Model
-from distill.nn.tokenizer import TextColumn
 from distill.objectives.base import Loss, Objective
 from distill.outputs import ROWWISE, Needs, Outputs
 from distill.pieces import in_pieces
@@ -190,7 +189,7 @@ class DistillationGraph(nn.Module):
                 if needs.fields <= known or node.represents(needs).fields <= known:
                     said[name] = stored
                     continue
-            view = batch.view(*([column.key for column in columns] for columns in node.reads))
+            view = batch.view(*node.reads.keys)
             with torch.set_grad_enabled(torch.is_grad_enabled() and name in self.trained):
                 if node.of:
                     with self.autocast():
@@ -225,13 +224,13 @@ class DistillationGraph(nn.Module):
             return Outputs(scores=batch.labels) if arrow.labels else None
         return said[arrow.tail].detach() if arrow.detach else said[arrow.tail]
 
-    def columns(self) -> tuple[list[TextColumn], list[TextColumn]]:
-        """The text columns that the nodes read, of queries and of candidates, each once."""
-        sides: tuple[dict[str, TextColumn], dict[str, TextColumn]] = ({}, {})
+    def columns(self) -> Columns:
+        """The columns that the nodes read, each once."""
+        sides: tuple[dict[str, Readable], ...] = ({}, {}, {})
         for name in self.asked(self.arrows):
             for side, columns in zip(sides, self.nodes[name].reads, strict=True):
                 side.update({column.key: column for column in columns})
-        return list(sides[0].values()), list(sides[1].values())
+        return Columns(*(tuple(side.values()) for side in sides))
 
     def counts(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """Over how many terms each open arrow sums on this batch, before anything is run."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
+
 from distill.data.judged import Judged
 from distill.errors import RecipeError
 from distill.evaluation import Evaluation, evaluate_model, queries_per_second, size_in_mb
@@ -41,5 +43,6 @@ def entry_of(model: Model, evaluation: Evaluation | None, judged: Judged | None)
     if evaluation is not None:
         entry |= evaluation.to_json()
     if judged is not None and isinstance(model, Encoder):
-        entry["queries_per_second"] = round(queries_per_second(model, judged.queries.texts[:TIMED]), 1)
+        timed = judged.queries.take(torch.arange(min(TIMED, len(judged.queries))))
+        entry["queries_per_second"] = round(queries_per_second(model, timed), 1)
     return entry

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from distill.batch import Batch
+from distill.batch import Batch, Columns
 from distill.outputs import Needs, Outputs
 
 if TYPE_CHECKING:
-    from distill.nn.tokenizer import TextColumn
+    from distill.data.source import JudgedSource
 
 
 class Model(nn.Module, ABC):
@@ -36,8 +36,8 @@ class Model(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def reads(self) -> tuple[tuple[TextColumn, ...], tuple[TextColumn, ...]]:
-        """The columns read of queries and of candidates."""
+    def reads(self) -> Columns:
+        """The columns read of queries, of candidates and of listed pairs."""
 
     @abstractmethod
     def represent(self, batch: Batch, needs: Needs) -> Outputs:
@@ -59,6 +59,10 @@ class Model(nn.Module, ABC):
     def sizes(self) -> dict[str, int]:
         """The last axis of fields whose size is known: what an objective's parameters are made for."""
         return {}
+
+    def fit(self, source: JudgedSource) -> None:
+        """Learn from a train split what no gradient teaches; asked of frozen nodes before the first step."""
+        return None
 
     def represents(self, needs: Needs) -> Needs:
         """The fields that ``represent`` fills so that ``compare`` can answer ``needs``."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+from distill.batch import Readable
 from distill.build import Builder
-from distill.data.judged import Judged, TextTable, summary
-from distill.data.source import Source, TextSource
-from distill.data.text_data import TextData
+from distill.data.dataset import DataSet
+from distill.data.judged import Judged, Table, TextTable, summary
+from distill.data.source import JudgedSource, Source
 from distill.errors import Mistakes, RecipeError
 from distill.evaluation import check_measurable
 from distill.graph import DistillationGraph
@@ -22,7 +23,7 @@ from distill.pieces import piece_problems
 from distill.processes import world
 from distill.recipe import nearest
 from distill.settings import Recipe
-from distill.store import text_sources
+from distill.store import judged_sources
 from distill.trainer import steps_of
 
 SAMPLE = 500  # texts whose ids are counted, for the estimate
@@ -34,7 +35,7 @@ class Plan:
 
     recipe: Recipe
     graph: DistillationGraph
-    data: Mapping[str, TextData]
+    data: Mapping[str, DataSet]
     source: Source
     steps: int  # optimiser steps, unless `minutes` cuts them
 
@@ -93,7 +94,7 @@ class Plan:
         ``judged``: (data set, node) -> how many of its texts or pairs the teacher store knows.
         """
         lines: list[str] = []
-        for name, source in text_sources(self.source).items():
+        for name, source in judged_sources(self.source).items():
             where = f"{name}: " if len(self.data) > 1 else ""
             arrows = [arrow for arrow in self.graph.arrows if arrow.data is None or name in arrow.data]
             for node in self.graph.asked(arrows):
@@ -104,21 +105,22 @@ class Plan:
                 lines += [f"{where}{line}" for line in told]
         return lines
 
-    def _costs(self, name: str, source: TextSource, where: str, judged: int | None) -> Iterator[str]:
+    def _costs(self, name: str, source: JudgedSource, where: str, judged: int | None) -> Iterator[str]:
         node, apart = self.graph.nodes[name], isinstance(self.graph.nodes[name], Encoder)
         queries, listed = len(source.query_rows), len(source.query_rows) * source.width
         texts = len(source.candidate_rows) if not queries else listed
         q, c = (_mean_ids(table, columns, node) for table, columns in _sides(node, source))
+        what, unit = ("texts", "ids") if isinstance(source.candidates, TextTable) else ("rows", "rows")
         if name in self.graph.trained:
             ids = queries * q + texts * c if apart else listed * (q + c)
-            yield f"{where}{name} reads about {ids:,.0f} ids an epoch"
+            yield f"{where}{name} reads about {ids:,.0f} {unit} an epoch"
             if (rows := self.recipe.train.gradient_cache) is not None:
                 size = min(source.batch_size, queries or texts)
                 most = size * source.width if queries else size
                 chunks = -(-size // rows) * (apart and queries > 0) + -(-most // rows)
                 yield (
                     f"{where}{name} caches its gradient: up to {chunks:,} chunks of {rows:,} "
-                    f"{'texts' if apart else 'pairs'} a batch, each read twice, about a third more compute"
+                    f"{what if apart else 'pairs'} a batch, each read twice, about a third more compute"
                 )
             return
         known = "" if judged is None else f"; {judged:,} of them are judged already"
@@ -126,13 +128,13 @@ class Plan:
         if apart and (not given or source.negatives):
             once = queries + len(source.candidate_rows)
             ids = queries * q + len(source.candidate_rows) * c
-            yield f"{where}{name} is asked once about {once:,} texts, about {ids:,.0f} ids{known}"
+            yield f"{where}{name} is asked once about {once:,} {what}, about {ids:,.0f} {unit}{known}"
         elif given:
             yield f"{where}{name} is not run on what is listed: its scores come with the data"
         else:
             pairs = int(source.lists.rows.lengths[source.query_rows].sum())
             ids = pairs * (q + c)
-            yield f"{where}{name} is asked once about {pairs:,} pairs, about {ids:,.0f} ids{known}"
+            yield f"{where}{name} is asked once about {pairs:,} pairs, about {ids:,.0f} {unit}{known}"
         if source.negatives and not apart:
             yield f"{where}{name} is asked up to {listed:,} pairs an epoch as samplers draw them, each once"
 
@@ -144,7 +146,7 @@ def plan_of(recipe: Recipe, builder: Builder) -> Plan:
         UserError: All mistakes of names; where there are none, all of data, measures and graph.
     """
     builder.check(recipe)
-    data: dict[str, TextData] = {}
+    data: dict[str, DataSet] = {}
     labelled: dict[str, bool] = {}
     graph = plan = None
     mistakes = Mistakes()
@@ -193,13 +195,13 @@ def baseline_losses(recipe: Recipe) -> dict[str, dict[str, Any]] | None:
     return losses
 
 
-def heard_by(graph: DistillationGraph, data: Mapping[str, TextData]) -> list[str]:
+def heard_by(graph: DistillationGraph, data: Mapping[str, DataSet]) -> list[str]:
     """The data sets with a train split that some arrow hears."""
     with_train = [name for name, part in data.items() if "train" in part.splits]
     return [n for n in with_train if any(arrow.data is None or n in arrow.data for arrow in graph.arrows)]
 
 
-def check_measures(recipe: Recipe, data: Mapping[str, TextData]) -> None:
+def check_measures(recipe: Recipe, data: Mapping[str, DataSet]) -> None:
     """Refuse metrics, or splits to measure, that would fail after the training."""
     metrics = recipe.evaluate.metrics
     if not data or (measured := split_to_measure(recipe, data)) is None:
@@ -250,7 +252,7 @@ def check_uses(recipe: Recipe, graph: DistillationGraph) -> None:
 
 def check_samplers(source: Source, graph: DistillationGraph) -> None:
     """Refuse samplers of negatives that cannot work with this graph and their data."""
-    mistakes, sources = Mistakes(), text_sources(source)
+    mistakes, sources = Mistakes(), judged_sources(source)
     for name, part in sources.items():
         place = "data" if name == "data" else f"data.{name}"
         for i, sampler in enumerate(part.negatives):
@@ -262,7 +264,7 @@ def check_samplers(source: Source, graph: DistillationGraph) -> None:
 def check_scores(graph: DistillationGraph, source: Source) -> None:
     """Refuse scores of the data that nobody would hear, and to ask a recorded teacher."""
     mistakes = Mistakes()
-    for name, part in text_sources(source).items():
+    for name, part in judged_sources(source).items():
         for teacher in part.scored:
             if teacher in graph.trained:
                 mistakes.add(
@@ -287,7 +289,7 @@ def check_scores(graph: DistillationGraph, source: Source) -> None:
     mistakes.report()
 
 
-def split_to_measure(recipe: Recipe, data: Mapping[str, TextData]) -> tuple[str, str] | None:
+def split_to_measure(recipe: Recipe, data: Mapping[str, DataSet]) -> tuple[str, str] | None:
     """The data set and split that are measured; None: the recipe names no metrics."""
     wanted, split = recipe.evaluate.data, recipe.evaluate.split
     if not recipe.evaluate.metrics:
@@ -304,17 +306,17 @@ def split_to_measure(recipe: Recipe, data: Mapping[str, TextData]) -> tuple[str,
     )
 
 
-def _sides(
-    node: Model, source: TextSource
-) -> tuple[tuple[TextTable, tuple[TextColumn, ...]], tuple[TextTable, tuple[TextColumn, ...]]]:
-    return (source.queries, node.reads[0]), (source.candidates, node.reads[1])
+def _sides(node: Model, source: JudgedSource) -> Iterator[tuple[Table, Sequence[Readable]]]:
+    return zip((source.queries, source.candidates), node.reads[:2], strict=True)
 
 
-def _mean_ids(table: TextTable, columns: tuple[TextColumn, ...], node: Model) -> float:
-    """Ids per text, estimated from a sample and cut at the node's maximum length."""
+def _mean_ids(table: Table, columns: Sequence[Readable], node: Model) -> float:
+    """Ids per text, estimated from a sample and cut at the node's maximum length; of a row of features 1."""
+    if not isinstance(table, TextTable):
+        return 1.0
     texts = table.texts[:: max(1, len(table) // SAMPLE)]
     if not texts:
         return 0.0
     longest = getattr(node, "max_length", None)
-    lengths = [column.encode(texts).lengths.clamp(max=longest) for column in columns]
+    lengths = [cast(TextColumn, column).encode(texts).lengths.clamp(max=longest) for column in columns]
     return sum(float(length.float().mean()) for length in lengths)

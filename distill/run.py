@@ -279,9 +279,11 @@ class _Run:
         assert isinstance(model, Encoder)  # was checked
         candidates = self._judged().candidates
         log.info("building an index of %s candidates", f"{len(candidates):,}")
-        vectors = in_shares(partial(model.encode_candidates, progress=True), candidates.texts)
+        rows = candidates.take(torch.arange(len(candidates)))
+        vectors = in_shares(partial(model.encode_candidates, progress=True), rows)
         if is_first():
-            index = Index.build(vectors, candidates.ids, candidates.texts, model=f"../{self.recipe.keep}")
+            texts = getattr(candidates, "texts", None)
+            index = Index.build(vectors, candidates.ids, texts, model=f"../{self.recipe.keep}")
             index.save(self.folder / "index")
 
     def _write(

@@ -11,15 +11,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from distill.build import Builder
+from distill.data.dataset import DataSet
 from distill.data.hard_negatives import HardNegatives
 from distill.data.negatives import Negatives
-from distill.data.text_data import TextData
 from distill.nn.precision import autocast
 from distill.paths import store_folder
 from distill.plan import heard_by
 from distill.processes import from_first, start, wait
 from distill.settings import Recipe
-from distill.store import PLURAL, RecalledBatches, TeacherMemory, text_sources
+from distill.store import PLURAL, RecalledBatches, TeacherMemory, fit_teachers, judged_sources
 from distill.store_files import outdated, size_of
 from distill.trainer import steps_of
 
@@ -42,7 +42,7 @@ class Scoring:
         self,
         recipe: Recipe,
         builder: Builder,
-        data: Mapping[str, TextData] | None = None,
+        data: Mapping[str, DataSet] | None = None,
         mend: bool = True,
     ):
         from accelerate.state import PartialState
@@ -55,7 +55,11 @@ class Scoring:
         device = PartialState().device
         self.graph.to(device)
         self.graph.autocast = partial(autocast, recipe.train.mixed_precision, device)
-        self.memory = TeacherMemory(self.graph, text_sources(self.source), recipe.train.store, mend)
+        self.mend = mend
+        self.memory = self._memory()
+
+    def _memory(self) -> TeacherMemory:
+        return TeacherMemory(self.graph, judged_sources(self.source), self.recipe.train.store, self.mend)
 
     def counts(self) -> dict[tuple[str, str], tuple[int, int]]:
         """(data set, teacher) -> how many texts or listed pairs it is asked about, and how many are known."""
@@ -68,6 +72,8 @@ class Scoring:
     def score(self) -> list[Row]:
         """Ask what is not known yet: all texts and listed pairs, then the pairs that samplers will bring."""
         self.source.prepare(*self.graph.columns())
+        fit_teachers(self.graph, judged_sources(self.source))
+        self.memory = self._memory()  # a teacher that is fitted is known by what it was fitted to
         rows: list[Row] = []
         for listener in self.memory.listeners:
             for axis in listener.signals:

@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from distill.batch import Batch
 from distill.data.mixture import Mixture
-from distill.data.source import Source, TextSource
+from distill.data.source import JudgedSource, Source
 from distill.errors import RunError
 from distill.graph import DistillationGraph
 from distill.model import Model
 from distill.outputs import AXES, Needs, Outputs
 from distill.paths import store_folder
 from distill.processes import any_of, gather, is_first, of_each, rank, world
-from distill.store_files import Precision, Signal, Teacher, pair_keys, signal_folder, text_keys
+from distill.store_files import Precision, Signal, Teacher, pair_keys, signal_folder
 
 log = logging.getLogger("distill")
 
@@ -58,7 +58,7 @@ class Listener:
     name: str
     node: Model
     data: str  # the source's name
-    source: TextSource
+    source: JudgedSource
     signals: Mapping[str, Signal]  # axis -> what is asked on it
 
     @property
@@ -79,7 +79,7 @@ class TeacherMemory:
 
     Args:
         graph: On its device, with its autocast set.
-        sources: The text sources by name; to ask, their columns must be prepared.
+        sources: The sources by name; to ask, their columns must be prepared.
         precision: In which answers are kept.
         mend: Remove damaged blocks from the store.
 
@@ -90,7 +90,7 @@ class TeacherMemory:
     def __init__(
         self,
         graph: DistillationGraph,
-        sources: Mapping[str, TextSource],
+        sources: Mapping[str, JudgedSource],
         precision: Precision = "float32",
         mend: bool = True,
     ):
@@ -103,7 +103,7 @@ class TeacherMemory:
             listener for name, source in self.sources.items() for listener in self._listeners(name, source)
         ]
 
-    def _listeners(self, source_name: str, source: TextSource) -> Iterator[Listener]:
+    def _listeners(self, source_name: str, source: JudgedSource) -> Iterator[Listener]:
         graph = self.graph
         arrows = [arrow for arrow in graph.arrows if arrow.data is None or source_name in arrow.data]
         for name, needs in graph.asked(arrows).items():
@@ -192,7 +192,7 @@ class TeacherMemory:
             batch = _of_pairs(source, question.queries, question.candidates)
         else:
             batch = source.gather(question.queries, question.candidates)
-        batch = batch.to(node.device).view(*([c.key for c in columns] for columns in node.reads))
+        batch = batch.to(node.device).view(*node.reads.keys)
         with self.graph.autocast():
             answer = node.represent(batch, Needs(*signal.fields))
         values = {f: getattr(answer, f).float() for f in signal.fields}
@@ -231,9 +231,9 @@ class TeacherMemory:
             if len(part)
         ]
 
-    def _keys_of(self, source: TextSource, axis: str, queries: Tensor, candidates: Tensor) -> np.ndarray:
+    def _keys_of(self, source: JudgedSource, axis: str, queries: Tensor, candidates: Tensor) -> np.ndarray:
         if id(source) not in self._keys:
-            self._keys[id(source)] = (text_keys(source.queries.texts), text_keys(source.candidates.texts))
+            self._keys[id(source)] = (source.queries.keys(), source.candidates.keys())
         of_query, of_candidate = self._keys[id(source)]
         if axis == "query":
             return of_query[queries.numpy()]
@@ -348,7 +348,7 @@ def _with_given(listener: Listener, said: Outputs, batch: Batch) -> Outputs:
     return said.with_(scores=scores)
 
 
-def _of_pairs(source: TextSource, queries: Tensor, candidates: Tensor) -> Batch:
+def _of_pairs(source: JudgedSource, queries: Tensor, candidates: Tensor) -> Batch:
     """A batch that lists n pairs of rows, in their order; pairs of one query stand together."""
     asked, counts = queries.unique_consecutive(return_counts=True)
     distinct, place = candidates.unique(return_inverse=True)
@@ -358,8 +358,19 @@ def _of_pairs(source: TextSource, queries: Tensor, candidates: Tensor) -> Batch:
     return source.gather(asked, distinct, index, mask)
 
 
-def text_sources(source: Source) -> dict[str, TextSource]:
-    """The text sources inside a source, by the name their batches carry."""
+def fit_teachers(graph: DistillationGraph, sources: Mapping[str, JudgedSource]) -> None:
+    """Let frozen nodes learn what no gradient teaches, each from the first source it is heard on."""
+    fitted: set[str] = set()
+    for source_name, source in sources.items():
+        arrows = [arrow for arrow in graph.arrows if arrow.data is None or source_name in arrow.data]
+        for name in graph.asked(arrows):
+            if name not in graph.trained and name not in fitted:
+                graph.nodes[name].fit(source)
+                fitted.add(name)
+
+
+def judged_sources(source: Source) -> dict[str, JudgedSource]:
+    """The judged sources inside a source, by the name their batches carry."""
     if isinstance(source, Mixture):
-        return {name: part for name, part in source.sources.items() if isinstance(part, TextSource)}
-    return {source.name: source} if isinstance(source, TextSource) else {}
+        return {name: part for name, part in source.sources.items() if isinstance(part, JudgedSource)}
+    return {source.name: source} if isinstance(source, JudgedSource) else {}

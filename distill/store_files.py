@@ -39,12 +39,6 @@ Precision = Literal["float16", "float32"]  # in which answers are kept
 ODD = np.array([[0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], [0x165667B19E3779F9, 0xD6E8FEB86659FD93]], "uint64")
 
 
-def text_keys(texts: Sequence[str]) -> np.ndarray:
-    """A key per text: [n, 2] uint64, the same on every machine."""
-    digests = b"".join(xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass")) for text in texts)
-    return np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
-
-
 def pair_keys(queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """The keys [n, 2] of n pairs, from the keys of their texts, each [n, 2]."""
     return queries * ODD[0] + candidates * ODD[1]  # modulo 2^64

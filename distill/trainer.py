@@ -42,7 +42,7 @@ from distill.processes import (
 )
 from distill.progress import Bar, History, Progress, bar, stoppable
 from distill.settings import TrainSettings
-from distill.store import RecalledBatches, TeacherMemory, text_sources
+from distill.store import RecalledBatches, TeacherMemory, fit_teachers, judged_sources
 
 log = logging.getLogger("distill")
 
@@ -108,6 +108,7 @@ class Trainer:
             RunError: A loss or a gradient that is not finite; says which arrow it came from.
             KeyboardInterrupt: After the step at hand and a checkpoint.
         """
+        fit_teachers(self.graph, judged_sources(self.source))
         checkpoint = from_first(latest(self._checkpoints))
         torch.manual_seed(self.settings.seed + rank())
         if checkpoint is not None:
@@ -233,7 +234,7 @@ class Trainer:
                 self._record(figures)
             self._refreshed = epoch
         if self._recalled is None:
-            memory = TeacherMemory(self.graph, text_sources(self.source), self.settings.store)
+            memory = TeacherMemory(self.graph, judged_sources(self.source), self.settings.store)
             memory.fill(self._interrupted.is_set)
             self._recalled = RecalledBatches(memory, self.source)
         batch = self._recalled.batch(epoch, step)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.batch import Batch, Ragged
+from distill.batch import Batch, Columns, Ragged
 from distill.hub import (
     Dense,
     EncoderLayout,
@@ -160,8 +160,8 @@ class BiEncoder(Encoder):
         }
 
     @property
-    def reads(self) -> tuple[tuple[TextColumn, ...], tuple[TextColumn, ...]]:
-        return (self._query_column,), (self._candidate_column,)
+    def reads(self) -> Columns:
+        return Columns((self._query_column,), (self._candidate_column,))
 
     @property
     def _query_column(self) -> TextColumn:

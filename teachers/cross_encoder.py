@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.batch import Batch, Ragged
+from distill.batch import Batch, Columns, Ragged
 from distill.hub import read_cross_encoder, resolve_checkpoint, write_cross_encoder
 from distill.hub.checkpoint import read_config
 from distill.model import Model
@@ -121,8 +121,8 @@ class CrossEncoder(Model):
         }
 
     @property
-    def reads(self) -> tuple[tuple[TextColumn, ...], tuple[TextColumn, ...]]:
-        return (self.column,), (self.column,)
+    def reads(self) -> Columns:
+        return Columns((self.column,), (self.column,))
 
     def represent(self, batch: Batch, needs: Needs) -> Outputs:
         rows, places = batch.mask.nonzero(as_tuple=True)

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 
-from distill.batch import Batch
+from distill.batch import Batch, Columns
 from distill.errors import RecipeError
 from distill.model import Model
-from distill.nn.tokenizer import TextColumn
 from distill.outputs import Needs, Outputs
 
 
@@ -28,8 +27,8 @@ class Recorded(Model):
         return frozenset({"scores"})
 
     @property
-    def reads(self) -> tuple[tuple[TextColumn, ...], tuple[TextColumn, ...]]:
-        return (), ()
+    def reads(self) -> Columns:
+        return Columns()
 
     @property
     def device(self) -> torch.device:

@@ -1,5 +1,6 @@
 """Data: tables, data sets and their splits, and the sources that yield batches."""
 
+from distill.data.dataset import DataSet
 from distill.data.documentation import Documentation
 from distill.data.groups import Groups, TextPairs
 from distill.data.hard_negatives import BM25Negatives, HardNegatives, NearestNegatives
@@ -8,18 +9,20 @@ from distill.data.mixture import Mixture
 from distill.data.negatives import Negatives, RandomNegatives
 from distill.data.retrieval import Retrieval
 from distill.data.scored_lists import ScoredLists
-from distill.data.source import Source, TextSource
-from distill.data.tables import Table, read_table
+from distill.data.source import JudgedSource, Source, TextSource
+from distill.data.tables import RawTable, read_table
 from distill.data.text_data import TextData
 from distill.data.texts import Texts
 from distill.data.tokens import tokenized
 
 __all__ = [
     "BM25Negatives",
+    "DataSet",
     "Documentation",
     "Groups",
     "HardNegatives",
     "Judged",
+    "JudgedSource",
     "Mixture",
     "NearestNegatives",
     "Negatives",
@@ -27,7 +30,7 @@ __all__ = [
     "Retrieval",
     "ScoredLists",
     "Source",
-    "Table",
+    "RawTable",
     "TextData",
     "TextPairs",
     "TextSource",

@@ -11,7 +11,7 @@ from torch import Tensor
 from distill.batch import Ragged
 from distill.data.judged import Judged, TextTable
 from distill.data.splits import SPLITS, choose, given_splits
-from distill.data.tables import Spec, Table, read_table
+from distill.data.tables import RawTable, Spec, read_table
 from distill.data.text_data import TextData
 from distill.errors import DataError
 
@@ -146,7 +146,7 @@ class TextPairs(TextData):
             name=f"{table.name} ({name})",
         )
 
-    def _labels(self, table: Table) -> Tensor:
+    def _labels(self, table: RawTable) -> Tensor:
         if self.classes is not None:
             value = {word: i / (len(self.classes) - 1) for i, word in enumerate(map(str, self.classes))}
             words = table.ids("label")
@@ -175,7 +175,7 @@ def _columns(names: dict[str, str | None], given: Mapping[str, str | None] | Non
     return {**names, **(given or {})}
 
 
-def _read_rows(data: Groups | TextPairs, name: str, by: str) -> tuple[Table, list[int]]:
+def _read_rows(data: Groups | TextPairs, name: str, by: str) -> tuple[RawTable, list[int]]:
     """The table a split stands in, and which rows are the split's."""
     cut = name in data.held_out or (name == "train" and bool(data.held_out))
     source = "train" if cut else name
@@ -193,10 +193,10 @@ def _read_rows(data: Groups | TextPairs, name: str, by: str) -> tuple[Table, lis
     return table, rows
 
 
-def _numbers(table: Table, column: str) -> Tensor:
+def _numbers(table: RawTable, column: str) -> Tensor:
     return torch.tensor(table.numbers(column), dtype=torch.float32)
 
 
-def _scores(table: Table, teachers: Mapping[str, str], rows: list[int]) -> dict[str, Tensor]:
+def _scores(table: RawTable, teachers: Mapping[str, str], rows: list[int]) -> dict[str, Tensor]:
     columns = {teacher: f"score of {teacher}" for teacher in teachers}
     return {teacher: _numbers(table, name)[rows] for teacher, name in columns.items() if name in table}

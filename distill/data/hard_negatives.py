@@ -158,7 +158,7 @@ class HardNegatives(Negatives):
                 raise RuntimeError(f"{type(self).__name__}: its source's refresh comes before its batches.")
             every_query = torch.arange(len(self.judged.queries))
             self.mined = self._mine(None, every_query, self._key(every_query), "")
-        asked = self.judged.queries.same_text[query_rows]
+        asked = self.judged.queries.same[query_rows]
         place = torch.searchsorted(self.mined.queries, asked).clamp(max=len(self.mined.queries) - 1)
         rows, mask = self.mined.rows.select(place).padded(-1)
         mask &= (self.mined.queries[place] == asked)[:, None]
@@ -196,8 +196,8 @@ class HardNegatives(Negatives):
             yield "type: the data has texts only, and no query to mine for; leave the sampler out."
 
     def costs(self, graph: DistillationGraph, judged: Judged, queries: Tensor) -> Iterator[str]:
-        asked = judged.queries.same_text[queries].unique()
-        texts = len(judged.candidates.same_text.unique())
+        asked = judged.queries.same[queries].unique()
+        texts = len(judged.candidates.same.unique())
         pairs = len(asked) * min(self.top, texts) + int(judged.positives.lengths[asked].sum())
         when = (
             "once" if self.every is None else f"every {self.every} epochs" if self.every > 1 else "each epoch"
@@ -220,7 +220,7 @@ class HardNegatives(Negatives):
         """A hash of settings, texts and queries: all but the models' weights."""
         settings = {key: getattr(self, key) for key in (*self.names_nodes, "top", "skip", "sigmoid")}
         told = {"type": type(self).__name__, **settings, **self.limits.given, "judges": self.judges}
-        asked = self.judged.queries.same_text[queries].unique()
+        asked = self.judged.queries.same[queries].unique()
         return content_hash([json.dumps(told), self._texts, " ".join(map(str, asked.tolist()))])
 
     def _kept(self, path: Path, key: str) -> Mined:
@@ -249,7 +249,7 @@ class HardNegatives(Negatives):
         cached, folder = cache_folder() / "mined" / f"{name}.arrow", cache_folder() / "mining" / name
         if keep and (found := _load(cached, key, state)) is not None:
             return found
-        asked = self.judged.queries.same_text[queries].unique()
+        asked = self.judged.queries.same[queries].unique()
         search = self._search(graph, folder)
         judge = self._judge(graph, folder, search)
         size = CHECKED_AT_ONCE if isinstance(judge, Pairs) else QUERIES_AT_ONCE

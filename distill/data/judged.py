@@ -1,13 +1,16 @@
-"""What every text data set becomes: two tables of texts, and who lists whom. Next: ``source.py``."""
+"""What every data set becomes: queries, candidates, and who lists whom. Next: ``source.py``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from distill.batch import Ragged
@@ -15,19 +18,49 @@ from distill.batch import Ragged
 Task = Literal["retrieval", "rerank", "pairs", "texts"]
 
 
-@dataclass(frozen=True)
-class TextTable:
-    """n texts and their ids, both unique per row only where the data says so."""
+def text_keys(texts: Sequence[str]) -> np.ndarray:
+    """A key per text: [n, 2] uint64, the same on every machine."""
+    digests = b"".join(xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass")) for text in texts)
+    return np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
 
-    ids: list[str]
-    texts: list[str]
+
+class Table(ABC):
+    """n queries or candidates: texts, or rows of features. An id is unique only where the data says so."""
+
+    ids: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    @abstractmethod
+    def same(self) -> Tensor:
+        """For each row the first row with the same content: [n] int64. A row's identity."""
+
+    @abstractmethod
+    def take(self, rows: Tensor) -> Any:
+        """The rows [m] as models encode and score them: a list of texts, a table of features."""
+
+    @abstractmethod
+    def keys(self) -> np.ndarray:
+        """A hash of each row's content, the same on every machine: [n, 2] uint64."""
+
+
+@dataclass(frozen=True)
+class TextTable(Table):
+    """n texts and their ids."""
+
+    ids: list[str]
+    texts: list[str]
+
+    def take(self, rows: Tensor) -> list[str]:
+        return [self.texts[row] for row in rows.tolist()]
+
+    def keys(self) -> np.ndarray:
+        return text_keys(self.texts)
+
     @cached_property
-    def same_text(self) -> Tensor:
-        """For each row the first row with the same text: [n] int64. A text's identity."""
+    def same(self) -> Tensor:
         first: dict[str, int] = {}
         return torch.tensor(
             [first.setdefault(text, row) for row, text in enumerate(self.texts)], dtype=torch.int64
@@ -36,27 +69,30 @@ class TextTable:
 
 @dataclass(frozen=True)
 class Judged:
-    """One split of a text data set.
+    """One split of a data set.
 
-    ``listed[i]`` are the rows of ``candidates`` that query i lists, with ``labels`` and the teachers'
-    ``scores`` aligned to ``listed.values``. What is measured on it follows from ``task``: a search over
-    all candidates (retrieval), an order of the listed ones (rerank), a score per pair (pairs), nothing
-    (texts).
+    ``listed[i]`` are the rows of ``candidates`` that query i lists, with ``labels``, the teachers'
+    ``scores`` and the features ``pair`` aligned to ``listed.values``. What is measured on it follows from
+    ``task``: a search over all candidates but those ``seen`` (retrieval), an order of the listed ones
+    (rerank), a score per pair (pairs), nothing (texts).
     """
 
     task: Task
-    queries: TextTable
-    candidates: TextTable
+    queries: Table
+    candidates: Table
     listed: Ragged  # rows of candidates, per query
     labels: Tensor | None = None  # [T] float32; positive means relevant (pairs: the graded score)
     scores: Mapping[str, Tensor] = field(default_factory=dict)  # teacher -> [T] float32
     name: str = ""  # what errors call it
+    pair: Mapping[str, Tensor] = field(default_factory=dict)  # feature of a listed pair -> [T]
+    seen: Ragged | None = None  # rows of candidates per query that a search leaves out
+    groups: Tensor | None = None  # [queries] int64, which user each belongs to; None: each its own
 
     @cached_property
     def _known(self) -> Tensor:
         """Sorted keys of (query text, candidate text) that are positive; listed, where no labels are."""
-        queries = self.queries.same_text.repeat_interleave(self.listed.lengths)
-        candidates = self.candidates.same_text[self.listed.values] if len(queries) else queries
+        queries = self.queries.same.repeat_interleave(self.listed.lengths)
+        candidates = self.candidates.same[self.listed.values] if len(queries) else queries
         if self.labels is not None:
             relevant = self.labels > 0
             queries, candidates = queries[relevant], candidates[relevant]
@@ -70,13 +106,13 @@ class Judged:
         """
         n = max(len(self.candidates), 1)
         counts = torch.bincount(self._known // n, minlength=len(self.queries))
-        return Ragged.of_lengths(self._known % n, counts).select(self.queries.same_text)
+        return Ragged.of_lengths(self._known % n, counts).select(self.queries.same)
 
     def is_positive(self, queries: Tensor, candidates: Tensor) -> Tensor:
         """Whether the candidates at rows (first rows of their texts) are known positives of the queries."""
         if not len(self._known):
             return torch.zeros(candidates.shape, dtype=torch.bool)
-        keys = self.queries.same_text[queries] * len(self.candidates) + candidates
+        keys = self.queries.same[queries] * len(self.candidates) + candidates
         place = torch.searchsorted(self._known, keys).clamp(max=len(self._known) - 1)
         return (self._known[place] == keys) & (candidates >= 0)
 
@@ -84,8 +120,8 @@ class Judged:
 def summary(judged: Judged) -> dict[str, int | float]:
     """The sizes of a split, for the ``check`` command and for a reader's eye."""
 
-    def mean_words(table: TextTable) -> float:
-        words = sum(len(text.split()) for text in table.texts)
+    def mean_words(table: Table) -> float:
+        words = sum(len(text.split()) for text in table.texts) if isinstance(table, TextTable) else 0
         return round(words / len(table), 1) if len(table) else 0.0
 
     return {

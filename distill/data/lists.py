@@ -27,7 +27,7 @@ class Lists:
         entries = np.arange(len(queries))
         candidates = entries
         if len(entries):
-            candidates = judged.candidates.same_text[judged.listed.values].numpy()
+            candidates = judged.candidates.same[judged.listed.values].numpy()
         labels = np.zeros(len(queries)) if judged.labels is None else judged.labels.numpy()
 
         order = np.lexsort((entries, -labels, candidates, queries))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distill.batch import Ragged
 from distill.data.cache import content_hash, replacing
-from distill.data.judged import Judged
+from distill.data.judged import Judged, TextTable
 
 # the formulas
 
@@ -188,16 +188,20 @@ class Mined:
 
 
 def judged_hash(judged: Judged) -> str:
-    """A hash of all texts, and of which are positives."""
+    """A hash of all content, and of which are positives."""
     positives = xxhash.xxh3_128()
     for tensor in (judged.positives.values, judged.positives.offsets):
         positives.update(tensor.numpy().tobytes())
-    texts = (content_hash(table.texts) for table in (judged.queries, judged.candidates))
-    return content_hash([*texts, positives.hexdigest()])
+    rows = (
+        xxhash.xxh3_128_hexdigest(table.keys().tobytes()) for table in (judged.queries, judged.candidates)
+    )
+    return content_hash([*rows, positives.hexdigest()])
 
 
 def own_texts(judged: Judged) -> Tensor:
     """For each query the first candidate with the query's own text, -1 where there is none: [queries]."""
+    if not (isinstance(judged.queries, TextTable) and isinstance(judged.candidates, TextTable)):
+        return torch.full((len(judged.queries),), -1)
     asked, rows = set(judged.queries.texts), enumerate(judged.candidates.texts)
     first: dict[str, int] = {}
     for row, text in rows:
@@ -209,7 +213,7 @@ def own_texts(judged: Judged) -> Tensor:
 def fingerprint(model: nn.Module) -> str:
     """A hash of all that decides what a model says: classes, plain settings, columns it reads, weights."""
     columns = [column for side in getattr(model, "reads", ()) for column in side]
-    told = [f"{column.key} {column.fingerprint}" for column in columns]
+    told = [f"{column.key} {getattr(column, 'fingerprint', '')}" for column in columns]
     for name, module in model.named_modules():
         plain = {
             key: value

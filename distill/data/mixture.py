@@ -11,12 +11,11 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from distill.batch import Batch
+from distill.batch import Batch, Readable
 from distill.data.source import Source, generator_of
 
 if TYPE_CHECKING:
     from distill.graph import DistillationGraph
-    from distill.nn.tokenizer import TextColumn
 
 
 class Mixture(Source):
@@ -39,10 +38,13 @@ class Mixture(Source):
         return all(source.labelled for source in self.sources.values())
 
     def prepare(
-        self, query_columns: Sequence[TextColumn] = (), candidate_columns: Sequence[TextColumn] = ()
+        self,
+        queries: Sequence[Readable] = (),
+        candidates: Sequence[Readable] = (),
+        pair: Sequence[Readable] = (),
     ) -> None:
         for source in self.sources.values():
-            source.prepare(query_columns, candidate_columns)
+            source.prepare(queries, candidates, pair)
 
     def refresh(
         self, graph: DistillationGraph, epoch: int, folder: Path, begun: bool = False

@@ -56,7 +56,7 @@ class RandomNegatives(Negatives):
     """Any candidate of the data set, each distinct text as likely as another."""
 
     def prepare(self, judged: Judged) -> None:
-        self.rows = judged.candidates.same_text.unique()  # [distinct texts]
+        self.rows = judged.candidates.same.unique()  # [distinct texts]
 
     def draw(self, query_rows: Tensor, generator: torch.Generator) -> Tensor:
         shape = (len(query_rows), self.count)

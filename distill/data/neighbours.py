@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.data.bm25 import best_by_words
 from distill.data.cache import replacing
-from distill.data.judged import Judged, TextTable
+from distill.data.judged import Judged, Table
 from distill.errors import DataError
 from distill.processes import any_of, first_goes_first, gather, in_shares, is_first, share, wait
 
@@ -43,13 +43,13 @@ class Words:
     """
 
     def __init__(self, judged: Judged, deep: int):
-        self.asked = judged.queries.same_text.unique()
-        distinct = judged.candidates.same_text.unique()
+        self.asked = judged.queries.same.unique()
+        distinct = judged.candidates.same.unique()
         most = int(judged.positives.lengths.max()) + 1
         with first_goes_first():
             found = best_by_words(
-                [judged.candidates.texts[row] for row in distinct.tolist()],
-                [judged.queries.texts[row] for row in self.asked.tolist()],
+                judged.candidates.take(distinct),
+                judged.queries.take(self.asked),
                 min(deep + most, len(distinct)),
             )
         self.rows = torch.where(found >= 0, distinct[found.clamp(min=0).long()], -1)
@@ -72,7 +72,7 @@ class Neighbours:
 
     def __init__(self, model: Encoder, judged: Judged, folder: Path):
         self.model, self.judged, self.folder = model, judged, folder
-        self.rows = judged.candidates.same_text.unique()  # of the distinct texts, in order
+        self.rows = judged.candidates.same.unique()  # of the distinct texts, in order
         self.size = max(1, NUMBERS_AT_ONCE // model.dim)
         self._last: tuple[Tensor, np.ndarray] | None = None
 
@@ -137,11 +137,11 @@ class Neighbours:
             return None
         return vectors if vectors.shape == (n, self.model.dim) and vectors.dtype == np.float32 else None
 
-    def _encoded(self, encode: Callable[[list[str]], Tensor], table: TextTable, rows: Tensor) -> np.ndarray:
+    def _encoded(self, encode: Callable[[Any], Tensor], table: Table, rows: Tensor) -> np.ndarray:
         from distill.evaluation.scoring import serving
 
         with serving(self.model):
-            vectors = in_shares(encode, [table.texts[row] for row in rows.tolist()])
+            vectors = in_shares(encode, table.take(rows))
             vectors = vectors.float().cpu().contiguous()
         if not (finite := vectors.isfinite().all(dim=1)).all():
             broken = table.ids[int(rows[~finite][0])]

@@ -10,7 +10,7 @@ import torch
 from distill.batch import Ragged
 from distill.data.judged import Judged, TextTable
 from distill.data.splits import SPLITS, choose, given_splits
-from distill.data.tables import Spec, Table, read_table
+from distill.data.tables import RawTable, Spec, read_table
 from distill.data.text_data import TextData
 from distill.errors import DataError
 
@@ -110,7 +110,7 @@ class Retrieval(TextData):
             name=f"{table.name} ({name})",
         )
 
-    def _judgements(self, table: Table) -> dict[str, dict[int, float]]:
+    def _judgements(self, table: RawTable) -> dict[str, dict[int, float]]:
         """Query id -> {row of the corpus: score}, queries in the order of the queries file."""
         texts, queries_name = self.queries
         row_of = {document: row for row, document in enumerate(self.corpus.ids)}

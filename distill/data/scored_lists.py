@@ -15,7 +15,7 @@ import torch
 from distill.batch import Ragged
 from distill.data.judged import Judged, TextTable
 from distill.data.splits import SPLITS, choose, given_splits
-from distill.data.tables import Spec, Table, read_table
+from distill.data.tables import RawTable, Spec, read_table
 from distill.data.text_data import TextData
 from distill.errors import DataError
 
@@ -124,7 +124,7 @@ class _List:
     scores: list[float]
 
 
-def _flag_embedding(data: ScoredLists, name: str, scored: bool) -> tuple[Table, Iterator[_List]]:
+def _flag_embedding(data: ScoredLists, name: str, scored: bool) -> tuple[RawTable, Iterator[_List]]:
     wanted = {k: v for k, v in data.columns.items() if scored or "_scores" not in k}
     table = read_table(data.tables[name], wanted, {"neg", "neg_scores"}, name)
 
@@ -147,7 +147,7 @@ def _flag_embedding(data: ScoredLists, name: str, scored: bool) -> tuple[Table, 
     return table, lists()
 
 
-def _sentence_transformers(data: ScoredLists, name: str, scored: bool) -> tuple[Table, Iterator[_List]]:
+def _sentence_transformers(data: ScoredLists, name: str, scored: bool) -> tuple[RawTable, Iterator[_List]]:
     table = read_table(data.tables[name], where=name)
     names = list(table.data.column_names)
     query = data.columns["query"] or names[0]
@@ -180,7 +180,7 @@ def _sentence_transformers(data: ScoredLists, name: str, scored: bool) -> tuple[
     return table, lists()
 
 
-def _pylate(data: ScoredLists, name: str, scored: bool) -> tuple[Table, Iterator[_List]]:
+def _pylate(data: ScoredLists, name: str, scored: bool) -> tuple[RawTable, Iterator[_List]]:
     own = {k: data.columns[k] for k in ("query_id", "document_ids", *(["scores"] if scored else []))}
     table = read_table(data.tables[name], own, where=name)
     texts = {}
@@ -206,7 +206,7 @@ def _pylate(data: ScoredLists, name: str, scored: bool) -> tuple[Table, Iterator
     return table, lists()
 
 
-Reader = Callable[[ScoredLists, str, bool], tuple[Table, Iterator[_List]]]
+Reader = Callable[[ScoredLists, str, bool], tuple[RawTable, Iterator[_List]]]
 FORMATS: dict[str, tuple[Reader, dict[str, str]]] = {
     "flag_embedding": (
         _flag_embedding,
@@ -220,11 +220,11 @@ FORMATS: dict[str, tuple[Reader, dict[str, str]]] = {
 }
 
 
-def _is_list(table: Table, column: str) -> bool:
+def _is_list(table: RawTable, column: str) -> bool:
     return "list" in str(table.data[column].type)
 
 
-def _lists(table: Table, column: str) -> list[list[Any]]:
+def _lists(table: RawTable, column: str) -> list[list[Any]]:
     """A column of lists, none where a row has nothing; in files without lists they are written as text."""
     found = []
     for row, written in enumerate(table.data[column].to_pylist()):
@@ -239,7 +239,7 @@ def _lists(table: Table, column: str) -> list[list[Any]]:
     return found
 
 
-def _texts(table: Table, column: str, row: int, values: list[Any]) -> list[str]:
+def _texts(table: RawTable, column: str, row: int, values: list[Any]) -> list[str]:
     for place, text in enumerate(values):
         if not isinstance(text, str) or not text or text.isspace():
             raise DataError(
@@ -248,12 +248,12 @@ def _texts(table: Table, column: str, row: int, values: list[Any]) -> list[str]:
     return values
 
 
-def _some(table: Table, column: str, row: int, candidates: list[str]) -> None:
+def _some(table: RawTable, column: str, row: int, candidates: list[str]) -> None:
     if not candidates:
         raise DataError(f"{table.where(column, row)}: the row lists no candidate. Remove it.")
 
 
-def _scores(table: Table, column: str, row: int, values: list[Any], candidates: int) -> list[float]:
+def _scores(table: RawTable, column: str, row: int, values: list[Any], candidates: int) -> list[float]:
     """The scores of a row, finite and as many as its candidates."""
     if len(values) != candidates:
         margins = (

@@ -1,4 +1,4 @@
-"""What yields batches: Source, and TextSource over a judged text data set. Next: ``mixture.py``."""
+"""What yields batches: Source, JudgedSource over any judged split, TextSource. Next: ``mixture.py``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distill.batch import Batch, Ragged
-from distill.data.judged import Judged, TextTable
+from distill.batch import Batch, Ragged, Readable
+from distill.data.judged import Judged, Table, TextTable
 from distill.data.lists import Lists
 from distill.data.negatives import Negatives
 from distill.data.tokens import tokenized
@@ -45,7 +45,10 @@ class Source(ABC):
 
     @abstractmethod
     def prepare(
-        self, query_columns: Sequence[TextColumn] = (), candidate_columns: Sequence[TextColumn] = ()
+        self,
+        queries: Sequence[Readable] = (),
+        candidates: Sequence[Readable] = (),
+        pair: Sequence[Readable] = (),
     ) -> None:
         """Whatever takes long, before the first batch; the columns are those its batches will have."""
 
@@ -74,16 +77,16 @@ class Source(ABC):
         """One batch: a function of (seed, epoch, step) alone."""
 
 
-class TextSource(Source):
-    """Batches of a text data set: shuffled queries, each with its candidates.
+class JudgedSource(Source):
+    """Batches of a judged split: shuffled queries, each with its candidates.
 
     A query lists one of its positives, in turn from epoch to epoch, then listed candidates that are not
     positive (drawn anew each epoch if there are more than fit), then what the samplers find, up to
-    ``candidates``. Candidates with equal text are one. Without queries a batch is texts only.
+    ``candidates``. Candidates with equal content are one. Without queries a batch is candidates only.
 
     Args:
         judged: The split.
-        batch_size: B, how many queries (or texts, if there are no queries) a batch has; the last of an
+        batch_size: B, how many queries (or candidates, if there are no queries) a batch has; the last of an
             epoch has what is left.
         candidates: The most that a query lists. Fewer, N, if data and samplers never give as many.
         negatives: Samplers, asked in this order.
@@ -113,16 +116,15 @@ class TextSource(Source):
         if with_positive and not (self.lists.positives > 0).any():
             raise ValueError(f"{judged.name}: with_positive leaves nothing, no query has a positive.")
         self.width = min(candidates, self.lists.longest + sum(sampler.count for sampler in self.negatives))
-        self._columns: tuple[dict[str, _Tokens], dict[str, _Tokens]] = ({}, {})
         self._ready = False
         self._order: tuple[int, Tensor] | None = None
 
     @property
-    def queries(self) -> TextTable:
+    def queries(self) -> Table:
         return self.judged.queries
 
     @property
-    def candidates(self) -> TextTable:
+    def candidates(self) -> Table:
         return self.judged.candidates
 
     @property
@@ -135,16 +137,14 @@ class TextSource(Source):
         return tuple(self.judged.scores)
 
     def prepare(
-        self, query_columns: Sequence[TextColumn] = (), candidate_columns: Sequence[TextColumn] = ()
+        self,
+        queries: Sequence[Readable] = (),
+        candidates: Sequence[Readable] = (),
+        pair: Sequence[Readable] = (),
     ) -> None:
         for sampler in self.negatives if not self._ready else ():
             sampler.prepare(self.judged)
         self._ready = True
-        sides = zip(self._columns, (self.queries, self.candidates), strict=True)
-        for (known, table), columns in zip(sides, (query_columns, candidate_columns), strict=True):
-            for column in columns:
-                if column.key not in known:
-                    known[column.key] = _Tokens.of(table, column)
 
     def refresh(
         self, graph: DistillationGraph, epoch: int, folder: Path, begun: bool = False
@@ -183,7 +183,7 @@ class TextSource(Source):
     @property
     def _rows(self) -> Tensor:
         """What is shuffled: the queries, or without queries the distinct texts."""
-        return self.query_rows if len(self.queries) else self.candidates.same_text.unique()
+        return self.query_rows if len(self.queries) else self.candidates.same.unique()
 
     def _shuffled(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
@@ -197,7 +197,7 @@ class TextSource(Source):
         listed = self.lists.rows.values
         found = listed[entries] if len(listed) else entries  # [B, M] rows of candidates
         if self.negatives:
-            same = self.candidates.same_text
+            same = self.candidates.same
             drawn = torch.cat([sampler.draw(rows, generator) for sampler in self.negatives], dim=1)
             real = drawn >= 0
             drawn = torch.where(real, same[drawn.clamp(min=0)], 0)
@@ -243,7 +243,7 @@ class TextSource(Source):
     def candidate_rows(self) -> Tensor:
         """The rows of all candidates that a batch can hold, each text once."""
         if self.negatives or not len(self.queries):
-            return self.candidates.same_text.unique()
+            return self.candidates.same.unique()
         return self.lists.rows.select(self.query_rows).values.unique()
 
     def gather(
@@ -258,6 +258,31 @@ class TextSource(Source):
             index = torch.zeros(len(queries), 0, dtype=torch.int64)
             mask = torch.zeros(len(queries), 0, dtype=torch.bool)
         return self._filled(queries, candidates, index, mask)
+
+    @abstractmethod
+    def _filled(self, queries: Tensor, candidates: Tensor, index: Tensor, mask: Tensor, **others) -> Batch:
+        """The batch of these rows, with the columns that were prepared."""
+
+
+class TextSource(JudgedSource):
+    """Batches of a judged text data set, with the ids of its texts, each distinct text once."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self._columns: tuple[dict[str, _Tokens], dict[str, _Tokens]] = ({}, {})
+
+    def prepare(
+        self,
+        queries: Sequence[Readable] = (),
+        candidates: Sequence[Readable] = (),
+        pair: Sequence[Readable] = (),
+    ) -> None:
+        super().prepare()
+        sides = zip(self._columns, (self.queries, self.candidates), (queries, candidates), strict=True)
+        for known, table, columns in sides:
+            for column in columns:
+                if column.key not in known:
+                    known[column.key] = _Tokens.of(cast(TextTable, table), cast("TextColumn", column))
 
     def _filled(self, queries: Tensor, candidates: Tensor, index: Tensor, mask: Tensor, **others) -> Batch:
         rows = (queries, candidates)
@@ -279,7 +304,7 @@ class _Tokens:
 
     @classmethod
     def of(cls, table: TextTable, column: TextColumn) -> _Tokens:
-        distinct, place = table.same_text.unique(return_inverse=True)
+        distinct, place = table.same.unique(return_inverse=True)
         return cls(tokenized([table.texts[row] for row in distinct.tolist()], column), place)
 
 

@@ -19,7 +19,7 @@ Spec = Any  # a path, a Hub name, a Dataset or DataFrame, a list of those, or {p
 
 
 @dataclass(frozen=True)
-class Table:
+class RawTable:
     """Columns under our names, and the places they came from, for errors that say where."""
 
     data: pa.Table
@@ -118,7 +118,7 @@ def read_table(
     columns: Mapping[str, str | None] | None = None,
     optional: Collection[str] = (),
     where: str = "table",
-) -> Table:
+) -> RawTable:
     """Read a table and give its columns our names.
 
     Args:
@@ -154,7 +154,9 @@ def read_table(
     return _renamed(_from_memory(spec, where), f"{where} ({type(spec).__name__})", wanted, optional)
 
 
-def _read_path(spec: str, wanted: Mapping[str, str] | None, optional: Collection[str], where: str) -> Table:
+def _read_path(
+    spec: str, wanted: Mapping[str, str] | None, optional: Collection[str], where: str
+) -> RawTable:
     path = Path(spec).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if suffix_of(file) and not file.name.startswith("."))
@@ -209,9 +211,11 @@ def _from_memory(data: Any, where: str) -> pa.Table:
     )
 
 
-def _renamed(data: pa.Table, name: str, wanted: Mapping[str, str] | None, optional: Collection[str]) -> Table:
+def _renamed(
+    data: pa.Table, name: str, wanted: Mapping[str, str] | None, optional: Collection[str]
+) -> RawTable:
     if wanted is None:
-        return Table(data, {}, ((name, data.num_rows),))
+        return RawTable(data, {}, ((name, data.num_rows),))
     found = {}
     for ours, theirs in wanted.items():
         if theirs in data.column_names:
@@ -225,12 +229,12 @@ def _renamed(data: pa.Table, name: str, wanted: Mapping[str, str] | None, option
                 + (f" Did you mean '{guess[0]}'?" if guess else "")
                 + f" Say which column it is with columns: {{{ours}: ...}}."
             )
-    return Table(
+    return RawTable(
         pa.table({ours: data[theirs] for ours, theirs in found.items()}), found, ((name, data.num_rows),)
     )
 
 
-def _below(tables: Sequence[Table]) -> Table:
+def _below(tables: Sequence[RawTable]) -> RawTable:
     """One table of several, one below the other."""
     names = [name for name in tables[0].data.column_names if all(name in table for table in tables)]
     columns = {}
@@ -240,7 +244,7 @@ def _below(tables: Sequence[Table]) -> Table:
             chunks = [chunk.cast(pa.large_string()) for chunk in chunks]
         columns[name] = pa.chunked_array(chunks, type=None if chunks else tables[0].data[name].type)
     theirs = {ours: name for table in reversed(tables) for ours, name in table.theirs.items()}
-    return Table(pa.table(columns), theirs, tuple(place for table in tables for place in table.places))
+    return RawTable(pa.table(columns), theirs, tuple(place for table in tables for place in table.places))
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 from torch import nn
 
@@ -21,9 +22,9 @@ def size_in_mb(model: nn.Module) -> float:
     return 4 * sum(parameter.numel() for parameter in model.parameters()) / 1e6
 
 
-def queries_per_second(model: Encoder, queries: Sequence[str], repeats: int = 5) -> float:
+def queries_per_second(model: Encoder, queries: Sequence[Any], repeats: int = 5) -> float:
     """How many queries ``encode_queries`` encodes in a second: the median of ``repeats``, after a warm-up."""
-    if not queries or repeats < 1:
+    if not len(queries) or repeats < 1:
         raise ValueError(f"need a query and a repeat to time, got {len(queries)} and {repeats}.")
     seconds = []
     with serving(model):

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from distill.batch import Ragged
 from distill.data.bm25 import WORDS
-from distill.data.judged import Judged, TextTable
+from distill.data.judged import Judged, Table
 from distill.evaluation.search import search, top
 from distill.model import Encoder
 from distill.processes import gather, in_shares, share
@@ -23,15 +23,15 @@ from distill.processes import gather, in_shares, share
 class PairScorer(Protocol):
     """A model that reads query and candidate together, so that it can re-rank but not search."""
 
-    def score_pairs(self, queries: list[str], candidates: list[str]) -> Tensor:
-        """Scores [n] float32 of n pairs."""
+    def score_pairs(self, queries: Any, candidates: Any) -> Tensor:
+        """Scores [n] float32 of n pairs, as ``Table.take`` gives them."""
 
 
 def score(
     model: Encoder | PairScorer, judged: Judged, query: Tensor, candidate: Tensor, progress: bool = False
 ) -> Tensor:
     """Scores [T] float32 of T pairs, given as rows of queries [T] and of candidates [T]."""
-    query, candidate = judged.queries.same_text[query], judged.candidates.same_text[candidate]
+    query, candidate = judged.queries.same[query], judged.candidates.same[candidate]
     if can_search(model):
         queries, q = _encoded(model.encode_queries, judged.queries, query, progress, model)
         candidates, c = _encoded(model.encode_candidates, judged.candidates, candidate, progress, model)
@@ -44,8 +44,8 @@ def score(
         said = [torch.empty(0)]
         with serving(model), tqdm(total=len(pairs), desc="score pairs", disable=not progress) as bar:
             for part in pairs.split(2**12) if len(pairs) else ():
-                asked = [judged.queries.texts[row] for row in (part // len(judged.candidates)).tolist()]
-                answers = [judged.candidates.texts[row] for row in (part % len(judged.candidates)).tolist()]
+                asked = judged.queries.take(part // len(judged.candidates))
+                answers = judged.candidates.take(part % len(judged.candidates))
                 said.append(scorer.score_pairs(asked, answers).float().cpu())
                 bar.update(len(part))
         return torch.cat(said)
@@ -78,13 +78,12 @@ def serving(model: Any) -> Iterator[None]:
 
 
 def _encoded(
-    encode: Callable[..., Tensor], table: TextTable, rows: Tensor, progress: bool, model: Encoder
+    encode: Callable[..., Tensor], table: Table, rows: Tensor, progress: bool, model: Encoder
 ) -> tuple[Tensor, Tensor]:
     """Vectors [u, D] of the distinct ones of ``rows`` [T], and which of them each row is [T]."""
     distinct, place = torch.unique(rows, return_inverse=True)
     with serving(model):
-        texts = [table.texts[row] for row in distinct.tolist()]
-        return in_shares(partial(encode, progress=progress), texts), place
+        return in_shares(partial(encode, progress=progress), table.take(distinct)), place
 
 
 def searched(
@@ -97,17 +96,16 @@ def searched(
     """
     place_of = id_rank(judged.candidates)
     by_id = place_of.argsort()
-    text = judged.candidates.same_text[by_id]
+    text = judged.candidates.same[by_id]
     by_text = text.argsort(stable=True)
     repeats = torch.unique_consecutive(text[by_text], return_counts=True)[1]
     groups = Ragged.of_lengths(by_id[by_text], repeats)  # candidates with one text, in order of id
     groups = groups.select(place_of[groups.values[groups.offsets[:-1]]].argsort())
-    firsts = groups.values[groups.offsets[:-1]].tolist()
+    firsts = judged.candidates.take(groups.values[groups.offsets[:-1]])
     with serving(model):
-        texts = [judged.candidates.texts[row] for row in firsts]
-        vectors = in_shares(partial(model.encode_candidates, progress=progress), texts)
+        vectors = in_shares(partial(model.encode_candidates, progress=progress), firsts)
     queries, place = _encoded(
-        model.encode_queries, judged.queries, judged.queries.same_text[kept], progress, model
+        model.encode_queries, judged.queries, judged.queries.same[kept], progress, model
     )
     scores, found = search(queries[share(len(queries))], vectors, depth)
     scores, found = gather(scores), gather(found)
@@ -131,9 +129,9 @@ def first_of_bm25(judged: Judged, kept: Tensor, k: int) -> tuple[Tensor, Tensor]
 
     by_id = id_rank(judged.candidates).argsort()
     index = bm25s.BM25()
-    index.index(words([judged.candidates.texts[row] for row in by_id.tolist()]), show_progress=False)
+    index.index(words(judged.candidates.take(by_id)), show_progress=False)
     found = []
-    for text in words([judged.queries.texts[row] for row in kept[share(len(kept))].tolist()]):
+    for text in words(judged.queries.take(kept[share(len(kept))])):
         scores = index.get_scores(text) if text else np.zeros(len(by_id), dtype=np.float32)
         found.append(by_id[top(torch.from_numpy(scores)[None], k)[1][0]])
     first = gather(torch.cat([torch.empty(0, dtype=torch.int64), *found]))
@@ -145,7 +143,7 @@ def query_of(listed: Ragged) -> Tensor:
     return torch.arange(len(listed)).repeat_interleave(listed.lengths)
 
 
-def id_rank(table: TextTable) -> Tensor:
+def id_rank(table: Table) -> Tensor:
     """Each row's place in the order of ids: [n]."""
     by_id = torch.tensor(sorted(range(len(table)), key=table.ids.__getitem__), dtype=torch.int64)
     rank = torch.empty_like(by_id)

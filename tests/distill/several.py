@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distill import processes
-from distill.batch import Ragged
+from distill.batch import Columns, Ragged
 from distill.data import Judged, RandomNegatives, TextSource, TextTable
 from distill.graph import Arrow, DistillationGraph
 from distill.model import Model
@@ -21,7 +21,7 @@ from tests.distill.test_trainer import Bag, Words, judged, stopping, trainer
 class Cross(Model):
     """Scores each listed pair by a bag of both texts' words, and says nothing else."""
 
-    reads = ((Words(),), (Words(),))
+    reads = Columns((Words(),), (Words(),))
     provides = frozenset({"scores"})
 
     def __init__(self, dropout=0.0):
@@ -44,7 +44,7 @@ class Cross(Model):
 class Head(Model):
     """Built from the student: its scores through one learned matrix."""
 
-    reads = ((), ())
+    reads = Columns()
     provides = frozenset({"scores"})
     of = ("student",)
 

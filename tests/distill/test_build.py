@@ -127,7 +127,7 @@ MISTAKES = {
     ),
     "a loss for data": (
         {"data": {"type": "distill.objectives.ScoreKL"}},
-        "data.type: distill.objectives.ScoreKL is no TextData",
+        "data.type: distill.objectives.ScoreKL is no DataSet",
     ),
     "misspelt argument": (
         {"losses": {"labels": {**LABELS, "temprature": 1}}},

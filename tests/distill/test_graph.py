@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.batch import Batch
+from distill.batch import Batch, Columns
 from distill.errors import RecipeError
 from distill.graph import Arrow, DistillationGraph
 from distill.model import Encoder, Model
@@ -18,7 +18,7 @@ class Table(Encoder):
     """A vector per text row; remembers each call: its needs, its mode and whether gradients were on."""
 
     shares = frozenset({"vectors"})
-    reads = ((), ())
+    reads = Columns()
     dim = 4
     provides = frozenset({"queries", "candidates", "scores", "in_batch"})
 
@@ -52,7 +52,7 @@ class Scorer(Model):
     """Says scores alone, as a cross-encoder does."""
 
     provides = frozenset({"scores"})
-    reads = ((), ())
+    reads = Columns()
 
     def __init__(self):
         super().__init__()
@@ -69,7 +69,7 @@ class Scaled(Model):
     """Built from another node: its scores times one learned number."""
 
     provides = frozenset({"scores"})
-    reads = ((), ())
+    reads = Columns()
 
     def __init__(self, *of):
         super().__init__()

@@ -12,7 +12,7 @@ from distill.graph import Arrow, DistillationGraph
 from distill.objectives import EmbeddingMatch, SampledSoftmax, ScoreKL
 from distill.outputs import Needs, Outputs
 from distill.plan import check_scores
-from distill.store import RecalledBatches, TeacherMemory, text_sources
+from distill.store import RecalledBatches, TeacherMemory, judged_sources
 from students import BiEncoder
 from teachers import CrossEncoder, Recorded
 
@@ -99,7 +99,7 @@ def calls(graph, *names):
 def said_live(graph, batch, name, needs):
     with torch.no_grad():
         graph.nodes[name].eval()
-        view = batch.view(*([c.key for c in columns] for columns in graph.nodes[name].reads))
+        view = batch.view(*graph.nodes[name].reads.keys)
         return graph.nodes[name].represent(view, needs)
 
 
@@ -209,7 +209,7 @@ def test_a_teacher_is_asked_only_on_the_data_its_arrows_hear(models):
     ]
     graph = graph_of(models, arrows=arrows)
     one, two = source_of(graph, name="one"), source_of(graph, name="two")
-    memory = memory_of(graph, text_sources(Mixture({"one": one, "two": two})))
+    memory = memory_of(graph, judged_sources(Mixture({"one": one, "two": two})))
     assert memory.recall(one.batch(0, 0)).stored.keys() == {"encoder"}
     assert memory.recall(two.batch(0, 0)).stored.keys() == set()
     assert graph.nodes["cross"].calls == 0
@@ -346,8 +346,8 @@ def test_texts_alone_have_their_vectors(models):
 def test_sources_are_found_inside_a_mixture(models):
     graph = graph_of(models)
     one, two = source_of(graph, name="one"), source_of(graph, name="two")
-    assert text_sources(one) == {"one": one}
-    assert text_sources(Mixture({"a": one, "b": two})) == {"a": one, "b": two}
+    assert judged_sources(one) == {"one": one}
+    assert judged_sources(Mixture({"a": one, "b": two})) == {"a": one, "b": two}
 
 
 def test_queries_that_are_left_out_are_not_asked_about(models):
@@ -486,7 +486,8 @@ def test_a_damaged_block_is_asked_again_and_said(models, store, monkeypatch, cap
 
 def test_keys_and_rows_may_be_many(models):
     """What is found is the key's own row, through many blocks."""
-    from distill.store_files import Signal, pair_keys, text_keys
+    from distill.data.judged import text_keys
+    from distill.store_files import Signal, pair_keys
 
     signal = Signal(None, ["scores"], "float32")
     queries, candidates = text_keys([f"q{i}" for i in range(30)]), text_keys([f"c{i}" for i in range(40)])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from distill.data.judged import text_keys
 from distill.errors import DataError
-from distill.store_files import ABOUT, Signal, Teacher, outdated, pair_keys, remove, size_of, text_keys
+from distill.store_files import ABOUT, Signal, Teacher, outdated, pair_keys, remove, size_of
 from students import BiEncoder
 from teachers import CrossEncoder
 

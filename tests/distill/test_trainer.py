@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.batch import Ragged
+from distill.batch import Columns, Ragged
 from distill.checkpoint import latest
 from distill.data import Judged, Mixture, NearestNegatives, TextSource, TextTable
 from distill.errors import DataError, RecipeError, RunError
@@ -38,7 +38,7 @@ class Words:
 class Bag(Encoder):
     """The mean of its words' vectors, after dropout, through a matrix: a text encoder of a few lines."""
 
-    reads = ((Words(),), (Words(),))
+    reads = Columns((Words(),), (Words(),))
     provides = frozenset({"queries", "candidates", "scores", "in_batch"})
     dim = 6
 

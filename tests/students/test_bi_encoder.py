@@ -21,7 +21,7 @@ PASSAGES = [
 
 
 def batch_of(model: BiEncoder, queries=QUERIES, candidates=PASSAGES, index=((0, 2), (1, 3), (3, 0))) -> Batch:
-    (query_column,), (candidate_column,) = model.reads
+    (query_column,), (candidate_column,), _ = model.reads
     index = torch.tensor(index, dtype=torch.int64).view(len(queries), 2 if queries else 0)
     return Batch(
         index=index,
@@ -279,8 +279,8 @@ def test_both_sides_share_one_pass(tiny):
 
 
 def test_reads_name_a_column_per_prompt(tiny):
-    (queries,), (candidates,) = tiny().reads
+    (queries,), (candidates,), _ = tiny().reads
     assert queries.key == candidates.key
-    (queries,), (candidates,) = tiny(query_prompt="query ").reads
+    (queries,), (candidates,), _ = tiny(query_prompt="query ").reads
     assert queries.key != candidates.key
     assert isinstance(queries.encode(["wing"]), Ragged)

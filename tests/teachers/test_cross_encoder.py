@@ -179,7 +179,7 @@ def test_it_learns_and_activation_checkpointing_gives_equal_gradients(tiny_bert)
 
 
 def test_both_sides_read_one_column(tiny_bert):
-    (queries,), (candidates,) = CrossEncoder(tiny_bert(num_labels=1)).reads
+    (queries,), (candidates,), _ = CrossEncoder(tiny_bert(num_labels=1)).reads
     assert queries.key == candidates.key
 
 

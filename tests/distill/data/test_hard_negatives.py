@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.batch import Ragged
+from distill.batch import Columns, Ragged
 from distill.data import (
     BM25Negatives,
     Judged,
@@ -31,7 +31,7 @@ class Circle(Encoder):
     """Texts are angles: a query at 0 is nearest to the smallest."""
 
     provides = frozenset({"queries", "candidates", "scores"})
-    reads = ((), ())
+    reads = Columns()
     dim = 2
 
     def __init__(self, turn=0.0):
@@ -62,7 +62,7 @@ class Reader(Model):
     """Scores pairs by a table; 0 where it says nothing."""
 
     provides = frozenset({"scores"})
-    reads = ((), ())
+    reads = Columns()
 
     def __init__(self, scores):
         super().__init__()
@@ -558,7 +558,7 @@ def test_nodes_that_cannot_do_it_are_refused(tmp_path):
 
 class Mute(Model):
     provides = frozenset({"classes"})
-    reads = ((), ())
+    reads = Columns()
 
     def represent(self, batch, needs):
         raise NotImplementedError

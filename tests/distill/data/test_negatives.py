@@ -40,7 +40,7 @@ def tops(sampler, queries, lists):
     sampler.prepare(data)
     sampler.draw(torch.tensor([0]), torch.Generator())
     rows = dict(zip(sampler.mined.queries.tolist(), sampler.mined.rows.tolist(), strict=True))
-    return [rows[row] for row in data.queries.same_text.tolist()]
+    return [rows[row] for row in data.queries.same.tolist()]
 
 
 def test_the_best_come_first_without_positives_and_without_repeats():

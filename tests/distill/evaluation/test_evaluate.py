@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from distill.batch import Ragged
+from distill.batch import Columns, Ragged
 from distill.data.judged import Judged, TextTable
 from distill.errors import DataError, RecipeError
 from distill.evaluation import evaluate_model, score_listed
@@ -16,7 +16,7 @@ from distill.model import Encoder
 class Letters(Encoder):
     """A text's vector counts its letters a, b and c; it remembers what it was asked, and in which mode."""
 
-    dim, provides, reads = 3, frozenset(), ((), ())
+    dim, provides, reads = 3, frozenset(), Columns()
     represent = save_pretrained = None
 
     def __init__(self):
