@@ -17,23 +17,23 @@ from distill.errors import DataError
 from distill.hub.feature_models import (
     built_arguments,
     check_same_features,
-    features_hash,
     load_weights,
     read_feature_model,
     tower_spec,
     write_feature_model,
 )
 from distill.model import Encoder
-from distill.nn.feature_embedding import FeatureEmbedding, Tables
+from distill.nn.feature_embedding import FeatureEmbedding, Tables, read_columns
 from distill.nn.mlp import MLPTower, Tower
 from distill.nn.text_encoder import in_slices
 from distill.outputs import Needs, Outputs
 from distill.recipe import nearest
 
 if TYPE_CHECKING:
-    from distill.data.features import Feature, Features, FeatureTable
+    from distill.data.feature_schema import Feature, Side
+    from distill.data.feature_table import FeatureTable
+    from distill.data.features import Features
 
-Side = Literal["user", "item", "context"]
 TYPE = "students.TwoTower"
 SIDES: tuple[Side, ...] = ("user", "item", "context")
 MOST = math.log(100.0)  # of a learned scale's logarithm
@@ -205,9 +205,10 @@ class TwoTower(Encoder):
         return {
             "checkpoint": self.checkpoint or "",
             **self.arguments,
-            "features": features_hash(self.features),
+            "features": self.features.fingerprint,
         }
 
+    @property
     def scale(self) -> Tensor | float:
         if self.log_scale is None:
             return 1.0 / self.temperature
@@ -226,9 +227,9 @@ class TwoTower(Encoder):
         assert users is not None and items is not None
         if "scores" in needs:
             listed = F.embedding(batch.index, items)  # [B, N, D]; its backward is faster than indexing's
-            outputs = outputs.with_(scores=torch.einsum("bnd,bd->bn", listed, users) * self.scale())
+            outputs = outputs.with_(scores=torch.einsum("bnd,bd->bn", listed, users) * self.scale)
         if "in_batch" in needs:
-            outputs = outputs.with_(in_batch=users @ items.T * self.scale())
+            outputs = outputs.with_(in_batch=users @ items.T * self.scale)
         return outputs
 
     def _users(self, columns: Mapping[str, Any]) -> Tensor:
@@ -259,11 +260,11 @@ class TwoTower(Encoder):
         Raises:
             DataError: A column is missing, of a wrong type, or privileged.
         """
-        return self._encode(self._table(rows, self.user_features), self._users, progress)
+        return self._encode(rows, self.user_features, self._users, progress)
 
     def encode_items(self, rows: Any, progress: bool = False) -> Tensor:
         """Vectors [n, D] float32 on the CPU, of n items; see ``encode_users``."""
-        return self._encode(self._table(rows, self.item_features), self._items, progress)
+        return self._encode(rows, self.item_features, self._items, progress)
 
     def encode_queries(self, queries: Any, progress: bool = False) -> Tensor:
         """Vectors [n, D] float32 on the CPU, of the rows of a FeatureTable, or of raw ones.
@@ -276,24 +277,23 @@ class TwoTower(Encoder):
         """Vectors [n, D] float32 on the CPU, of the rows of a FeatureTable, or of raw ones."""
         return self.encode_items(candidates, progress)
 
-    def _table(self, rows: Any, wanted: Sequence[Feature]) -> FeatureTable:
-        if isinstance(rows, Table):
-            return rows  # type: ignore[return-value]
-        if isinstance(rows, Mapping):
-            rows = [rows]
-        first = rows[0] if isinstance(rows, Sequence) and rows else {}
-        self._refuse(getattr(rows, "columns", first))
-        return self.features.encode(rows, wanted)
-
     @torch.no_grad()
-    def _encode(self, table: FeatureTable, encode: Any, progress: bool) -> Tensor:
+    def _encode(self, rows: Any, wanted: Sequence[Feature], encode: Any, progress: bool) -> Tensor:
+        table = rows if isinstance(rows, Table) else self._encoded(rows, wanted)
         vectors = torch.empty(len(table), self.dim)
         learning, _ = self.training, self.eval()
         for part in in_slices(len(table), AT_ONCE, progress, "rows"):
-            columns = {name: column.to(self.device) for name, column in table[part].columns.items()}
-            vectors[part] = encode(columns).cpu()
+            columns = read_columns(table[part], wanted)  # type: ignore[index]
+            vectors[part] = encode({name: column.to(self.device) for name, column in columns.items()}).cpu()
         self.train(learning)
         return vectors
+
+    def _encoded(self, rows: Any, wanted: Sequence[Feature]) -> FeatureTable:
+        """Raw rows as a table."""
+        rows = [rows] if isinstance(rows, Mapping) else rows
+        first = rows[0] if isinstance(rows, Sequence) and rows else ()
+        self._refuse(getattr(rows, "columns", first))
+        return self.features.encode(rows, wanted)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that ``from_pretrained`` opens: weights, settings, schema and vocabularies."""

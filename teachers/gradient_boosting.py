@@ -13,14 +13,16 @@ from torch import Tensor
 
 from distill.batch import Batch, Columns, Ragged
 from distill.errors import DataError, RecipeError, RunError
-from distill.hub.feature_models import features_hash, read_feature_model, write_feature_model
+from distill.hub.feature_models import check_same_features, read_feature_model, write_feature_model
 from distill.model import Model
-from distill.nn.feature_embedding import vocabulary_of
+from distill.nn.feature_embedding import check_pair, read_columns, vocabulary_of
 from distill.nn.text_encoder import in_slices
 from distill.outputs import Needs, Outputs
 
 if TYPE_CHECKING:
-    from distill.data.features import Feature, Features, FeatureTable
+    from distill.data.feature_schema import Feature
+    from distill.data.feature_table import FeatureTable
+    from distill.data.features import Features
     from distill.data.judged import Judged
     from distill.data.source import JudgedSource
 
@@ -75,7 +77,7 @@ class GradientBoosting(Model):
             raise ValueError(f"folds must be at least 2, to leave rows out, got {folds}.")
         self.features, self.folds, self.seed = features, folds, seed
         sides = [features.side(side, privileged=privileged) for side in ("user", "item", "context")]
-        self._reads = Columns(*([f for f in side if f.kind != "text"] for side in sides))
+        self.sides = [[feature for feature in side if feature.kind != "text"] for side in sides]
         self.arguments = {
             "privileged": privileged,
             "trees": trees,
@@ -90,10 +92,7 @@ class GradientBoosting(Model):
         self.checkpoint = None if checkpoint is None else str(checkpoint)
         if checkpoint is not None:
             folder, _, saved = read_feature_model(checkpoint, TYPE)
-            if features_hash(features) != features_hash(saved):
-                raise DataError(
-                    f"checkpoint {folder}: its features are not those of the data; fit a new one."
-                )
+            check_same_features(features, saved, folder)
             self.booster = _read(folder)
 
     @classmethod
@@ -110,7 +109,7 @@ class GradientBoosting(Model):
 
     @property
     def reads(self) -> Columns:
-        return self._reads
+        return Columns(*map(tuple, self.sides))
 
     @property
     def device(self) -> torch.device:
@@ -125,7 +124,7 @@ class GradientBoosting(Model):
             "checkpoint": self.checkpoint or "",
             "trees": xxhash.xxh3_128_hexdigest(self.booster.model_to_string()),
             "out_of_fold": xxhash.xxh3_128_hexdigest(own),
-            "features": features_hash(self.features),
+            "features": self.features.fingerprint,
         }
 
     def fit(self, source: JudgedSource) -> None:
@@ -139,10 +138,7 @@ class GradientBoosting(Model):
         judged = source.judged
         labels = self._labels(judged)
         query = torch.arange(len(judged.listed)).repeat_interleave(judged.listed.lengths)
-        users, items = (
-            table.take(torch.arange(len(table))).columns for table in (judged.queries, judged.candidates)
-        )
-        rows = self._matrix(users, items, judged.pair, query, judged.listed.values)
+        rows = np.concatenate([self._rows(judged, query, part) for part in _parts(len(query))])
         data = lightgbm().Dataset(
             rows, labels, categorical_feature=self._categories(), params=self._settings(), free_raw_data=False
         )
@@ -162,12 +158,20 @@ class GradientBoosting(Model):
         self.booster = self._grow(data)
         self.out_of_fold = OutOfFold(source.name, judged, query, torch.from_numpy(scores))
 
+    def _rows(self, judged: Judged, query: Tensor, part: slice) -> np.ndarray:
+        """What the trees read of some of the listed pairs."""
+        sides = ((judged.queries, query[part]), (judged.candidates, judged.listed.values[part]))
+        chosen = [(table, *rows.unique(return_inverse=True)) for table, rows in sides]
+        (users, user), (items, item) = ((table.take(rows).columns, place) for table, rows, place in chosen)
+        own = {name: judged.pair[name][part] for name in self.reads.keys[2]}
+        return self._matrix(users, items, own, user, item)
+
     def _labels(self, judged: Judged) -> np.ndarray:
         labels = np.zeros(0) if judged.labels is None else judged.labels.numpy()
         if len(wrong := np.flatnonzero((labels != 0) & (labels != 1))):
             raise DataError(
-                f"{judged.name}: gradient boosting needs labels 0 and 1, but pair {wrong[0]} (counted from 0) has "
-                f"{labels[wrong[0]]:g}."
+                f"{judged.name}: gradient boosting needs labels 0 and 1, but pair {wrong[0]} (counted from "
+                f"0) has {labels[wrong[0]]:g}."
             )
         if len(np.unique(labels)) < 2:
             there = f"only {labels[0]:g}" if len(labels) else "none"
@@ -211,14 +215,14 @@ class GradientBoosting(Model):
         progress: bool = False,
     ) -> Tensor:
         """Scores [n] float32 of n pairs, by all trees; see ``PrivilegedRanker.score_pairs``."""
-        if missing := [name for name in self.reads.keys[2] if name not in (pair or {})]:
-            raise DataError(f"a ranker that reads '{missing[0]}' of each pair cannot be asked without it.")
+        check_pair(self.sides[2], pair)
         said = [torch.empty(0)]
+        users, items, _ = self.sides
         for part in in_slices(len(queries), AT_ONCE, progress, "pairs"):
             own = {name: column[part] for name, column in (pair or {}).items()}
-            asked, found = queries[part], candidates[part]
-            each = torch.arange(len(asked))
-            said.append(self._scores(asked.columns, found.columns, own, each, each))
+            asked, found = read_columns(queries[part], users), read_columns(candidates[part], items)
+            each = torch.arange(len(queries[part]))
+            said.append(self._scores(asked, found, own, each, each))
         return torch.cat(said)
 
     def _scores(
@@ -238,10 +242,10 @@ class GradientBoosting(Model):
     ) -> np.ndarray:  # fmt: skip
         """What the trees read of n pairs [n, columns] float32: rows of ``users`` and ``items``."""
         columns: list[Tensor] = []
-        sides = zip(self.reads, (users, items, context), (user, item, None), strict=True)
+        sides = zip(self.sides, (users, items, context), (user, item, None), strict=True)
         for features, given, rows in sides:
             for feature in features:
-                column = given[feature.key]
+                column = given[feature.name]
                 if not isinstance(column, Ragged):
                     columns.append(column if rows is None else column[rows])
                     continue
@@ -253,26 +257,28 @@ class GradientBoosting(Model):
                     columns.append(_occurrences(column, items[target], user, item))
         return np.stack([column.cpu().numpy().astype(np.float32) for column in columns], axis=1)
 
-    def _target(self, history: Any) -> str | None:
+    def _target(self, history: Feature) -> str | None:
         """The item's feature that shares a user's history's vocabulary."""
-        if history not in self.reads.queries:
+        if history.side != "user":
             return None
-        items: list[Feature] = [f for f in self.reads.candidates if f.kind == "categorical"]  # type: ignore[attr-defined, misc]
-        return next((f.name for f in items if vocabulary_of(f) == vocabulary_of(history)), None)
+        return next(
+            (
+                f.name
+                for f in self.sides[1]
+                if f.kind == "categorical" and vocabulary_of(f) == vocabulary_of(history)
+            ),
+            None,
+        )
 
     def _categories(self) -> list[int]:
         """Which columns of the matrix hold short lists of categories."""
         kinds: list[bool] = []
-        for feature in self._columns():
+        for feature in [feature for side in self.sides for feature in side]:
             short = feature.kind == "categorical" and self.features.size(vocabulary_of(feature)) <= CATEGORIES
             kinds += [short]
             if feature.kind == "sequence":
                 kinds += [False] * (1 + (self._target(feature) is not None))
         return [i for i, short in enumerate(kinds) if short]
-
-    def _columns(self) -> Iterator[Any]:
-        for side in self.reads:
-            yield from side
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that ``from_pretrained`` opens: the trees as LightGBM's text, and JSON."""
@@ -318,8 +324,14 @@ def _read(folder: Path) -> Any:
         return lightgbm().Booster(model_str=(folder / TREES).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, lightgbm().basic.LightGBMError) as error:
         raise DataError(
-            f"{folder / TREES} cannot be read ({error}). It was not saved, copied or downloaded whole; do so again."
+            f"{folder / TREES} cannot be read ({error}). It was not saved, copied or downloaded whole; do so "
+            f"again."
         ) from error
+
+
+def _parts(n: int) -> Iterator[slice]:
+    for start in range(0, n, AT_ONCE):
+        yield slice(start, start + AT_ONCE)
 
 
 def _occurrences(history: Ragged, target: Tensor, user: Tensor, item: Tensor) -> Tensor:

@@ -10,24 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from distill.batch import Batch, Columns, Ragged
-from distill.errors import DataError
 from distill.hub.feature_models import (
     check_same_features,
-    features_hash,
     load_weights,
     read_feature_model,
     write_feature_model,
 )
 from distill.model import Model
 from distill.nn.cross_network import CrossNetwork
-from distill.nn.feature_embedding import FeatureEmbedding, Tables, vocabulary_of
+from distill.nn.feature_embedding import (
+    FeatureEmbedding,
+    Tables,
+    check_pair,
+    read_columns,
+    vocabulary_of,
+)
 from distill.nn.mlp import MLP, Activation
 from distill.nn.target_attention import TargetAttention
 from distill.nn.text_encoder import in_slices
 from distill.outputs import Needs, Outputs
 
 if TYPE_CHECKING:
-    from distill.data.features import Feature, Features, FeatureTable
+    from distill.data.feature_table import FeatureTable
+    from distill.data.features import Features
 
 TYPE = "teachers.PrivilegedRanker"
 AT_ONCE = 16384  # pairs scored together
@@ -98,7 +103,7 @@ class PrivilegedRanker(Model):
                 f"embedding_dim {dim} must be that of the shared tables, {tables.dim}; leave it out."
             )
         sides = [features.side(side, privileged=privileged) for side in ("user", "item", "context")]
-        self._reads = Columns(*sides)
+        self.user_features, self.item_features, self.pair_features = sides
         wanted = [feature for side in sides for feature in side]
         own = {feature.name: vocabulary_of(feature) for feature in wanted}
         if lost := [name for name in own_tables if name not in own]:
@@ -107,10 +112,11 @@ class PrivilegedRanker(Model):
         given = {} if tables is None else tables.by_name()
         self.features = features
         self.tables = Tables(features, wanted, dim, {n: t for n, t in given.items() if n not in kept})
-        self.embeddings = nn.ModuleList(FeatureEmbedding(features, side, dim, unknown) for side in sides)
+        embeddings = [FeatureEmbedding(features, side, dim, unknown) for side in sides]
+        self.of_user, self.of_item, self.of_pair = embeddings
         self.targets = self._targets() if history == "attention" else {}
         self.attention = nn.ModuleDict({f"{name}_": TargetAttention(dim) for name in self.targets})
-        width = sum(sum(embedding.widths) for embedding in self.embeddings) + dim * len(self.targets)
+        width = sum(embedding.width for embedding in embeddings) + dim * len(self.targets)
         self.cross = CrossNetwork(width, cross_layers, cross_rank) if body == "dcn" else None
         self.deep = MLP(width, [*widths, 1], dropout, activation)
         self.last = nn.Linear(width, 1, bias=False) if body == "dcn" else None
@@ -144,11 +150,11 @@ class PrivilegedRanker(Model):
 
     def _targets(self) -> dict[str, str]:
         """For each history the item's feature that its items can be compared with."""
-        users, items, _ = self._reads
-        by_vocabulary = {vocabulary_of(f): f.name for f in reversed(items) if f.kind == "categorical"}
+        items = reversed(self.item_features)
+        by_vocabulary = {vocabulary_of(f): f.name for f in items if f.kind == "categorical"}
         found = {
             f.name: by_vocabulary[vocabulary_of(f)]
-            for f in users
+            for f in self.user_features
             if f.kind == "sequence" and vocabulary_of(f) in by_vocabulary
         }
         if not found:
@@ -164,14 +170,14 @@ class PrivilegedRanker(Model):
 
     @property
     def reads(self) -> Columns:
-        return self._reads
+        return Columns(self.user_features, self.item_features, self.pair_features)
 
     @property
     def identity(self) -> dict[str, Any]:
         return {
             "checkpoint": self.checkpoint or "",
             **self.arguments,
-            "features": features_hash(self.features),
+            "features": self.features.fingerprint,
         }
 
     def represent(self, batch: Batch, needs: Needs) -> Outputs:
@@ -189,31 +195,28 @@ class PrivilegedRanker(Model):
         user: Tensor,
         item: Tensor,
     ) -> Tensor:
-        """Logits [n] of n pairs, given by rows of ``users`` [n] and ``items`` [n], with n rows of ``context``.
+        """Logits [n] of n pairs: ``user`` [n] and ``item`` [n] are rows of ``users`` and ``items``.
 
         Users and items are embedded once, however many pairs they are in.
         """
         tables = self.tables.by_name()
-        of_user, of_item, of_pair = self.embeddings
         parts = [
-            of_user(users, tables).index_select(0, user),
-            of_item(items, tables).index_select(0, item),
+            self.of_user(users, tables).index_select(0, user),
+            self.of_item(items, tables).index_select(0, item),
         ]
-        if of_pair.wanted:  # type: ignore[union-attr]
-            parts.append(of_pair(context, tables))
+        if self.pair_features:
+            parts.append(self.of_pair(context, tables))
         for history, target in self.targets.items():
             seen: Ragged = users[history].select(user)
-            table = tables[vocabulary_of(self._feature(history))]
+            table = tables[vocabulary_of(self.features[history])]
             meets = table(items[target]).index_select(0, item)
-            parts.append(self.attention[f"{history}_"](table(seen.values), seen.lengths, meets))
+            attended = self.attention[f"{history}_"](table(seen.values), seen.lengths, meets)
+            parts.append(attended)
         rows = torch.cat(parts, dim=1)
         logits = self.deep(rows)[:, 0].float()
         if self.cross is None or self.last is None:
             return logits
         return logits + self.last(self.cross(rows))[:, 0].float()
-
-    def _feature(self, name: str) -> Feature:
-        return next(feature for feature in self.reads.queries if feature.key == name)  # type: ignore[return-value]
 
     @torch.no_grad()
     def score_pairs(
@@ -228,22 +231,20 @@ class PrivilegedRanker(Model):
         Args:
             pair: The pairs' own features [n], by name, as they lie in ``Judged.pair``.
         """
-        users, items, context = self.reads.keys
-        if missing := [name for name in context if name not in (pair or {})]:
-            raise DataError(f"a ranker that reads '{missing[0]}' of each pair cannot be asked without it.")
+        check_pair(self.pair_features, pair)
         scores = torch.empty(len(queries))
         learning, _ = self.training, self.eval()
         for part in in_slices(len(queries), AT_ONCE, progress, "pairs"):
-            asked, found = queries[part].columns, candidates[part].columns
-            columns = [
-                {name: given[name].to(self.device) for name in names}
-                for names, given in ((users, asked), (items, found))
-            ]
-            own = {name: pair[name][part].to(self.device) for name in context} if pair else {}
+            asked = self._moved(read_columns(queries[part], self.user_features))
+            found = self._moved(read_columns(candidates[part], self.item_features))
+            own = self._moved({f.name: (pair or {})[f.name][part] for f in self.pair_features})
             each = torch.arange(len(scores[part]), device=self.device)
-            scores[part] = self._logits(*columns, own, each, each).cpu()
+            scores[part] = self._logits(asked, found, own, each, each).cpu()
         self.train(learning)
         return scores
+
+    def _moved(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: column.to(self.device) for name, column in columns.items()}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that ``from_pretrained`` opens; shared tables are written as its own."""

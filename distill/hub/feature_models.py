@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -66,7 +64,7 @@ def read_feature_model(spec: str | Path, type_name: str) -> tuple[Path, dict[str
     config = read_json(folder / CONFIG)
     if (found := saved_type(config)) != type_name:
         raise DataError(
-            f"{folder} holds {f'a {found}' if found else 'no model over features'}, no {type_name}."
+            f"{folder} holds {f'a {found}' if found else 'no model over features'}, not a {type_name}."
         )
     if config.get("format") != FORMAT:
         raise DataError(
@@ -105,20 +103,9 @@ def built_arguments(saved: Mapping[str, Any], folder: Path, given: Mapping[str, 
         ) from error
 
 
-def features_hash(features: Features) -> str:
-    """What a model's answers depend on in its features: a hash of schema, vocabularies and statistics."""
-    with tempfile.TemporaryDirectory() as folder:
-        features.save(Path(folder) / FEATURES)
-        state = xxhash.xxh3_128()
-        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-            state.update(path.name.encode())
-            state.update(path.read_bytes())
-    return state.hexdigest()
-
-
 def check_same_features(features: Features, saved: Features, folder: Path) -> None:
     """Refuse a checkpoint whose ids mean something else."""
-    if features_hash(features) != features_hash(saved):
+    if features.fingerprint != saved.fingerprint:
         raise DataError(
             f"checkpoint {folder}: its features are not those of the data: schema, vocabularies or "
             f"statistics differ, so the ids of both would not mean the same. Train on the data that it was "

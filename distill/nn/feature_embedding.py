@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.batch import Ragged
+from distill.batch import Ragged, Readable
+from distill.errors import DataError
 
 if TYPE_CHECKING:
-    from distill.data.features import Feature, Features
+    from distill.data.feature_schema import Feature
+    from distill.data.feature_table import FeatureTable
+    from distill.data.features import Features
 
 PADDING, UNKNOWN = 0, 1  # ids that are nothing, and nobody known
 SPARSE_ABOVE = 2**15  # rows; the gradient of a larger table holds only the rows that were read
@@ -74,8 +77,8 @@ class Tables(nn.Module):
             shape, table = (features.size(name), dim), (given or {}).get(name)
             if table is not None and (*table.weight.shape,) != shape:
                 raise ValueError(
-                    f"the shared table of '{name}' is {[*table.weight.shape]}, and {[*shape]} is needed: both "
-                    f"models must read the features of one data set."
+                    f"the shared table of '{name}' is {[*table.weight.shape]}, and {[*shape]} is needed: "
+                    f"both models must read the features of one data set."
                 )
             self._tables[_key(name)] = Table(*shape) if table is None else table
 
@@ -113,6 +116,11 @@ class FeatureEmbedding(nn.Module):
                 self.register_buffer(f"{_key(feature.name)}_vectors", vectors, persistent=False)
                 self.projections[_key(feature.name)] = nn.Linear(vectors.shape[1], dim)
 
+    @property
+    def width(self) -> int:
+        """W, how many numbers a row has."""
+        return sum(self.widths)
+
     def forward(
         self,
         columns: Mapping[str, Any],
@@ -137,6 +145,28 @@ class FeatureEmbedding(nn.Module):
             hidden = (torch.rand(column.shape, device=column.device) < self.unknown) & (column != PADDING)
             column = column.masked_fill(hidden, UNKNOWN)
         return tables[vocabulary_of(feature)](column)
+
+
+def read_columns(table: FeatureTable, wanted: Iterable[Readable]) -> dict[str, Any]:
+    """The columns of a table that are read.
+
+    Raises:
+        DataError: One is missing.
+    """
+    names = [feature.key for feature in wanted]
+    if lost := [name for name in names if name not in table.columns]:
+        raise DataError(
+            f"the rows have no column '{lost[0]}', which the model reads; they have "
+            f"{', '.join(table.columns)}."
+        )
+    return {name: table.columns[name] for name in names}
+
+
+def check_pair(wanted: Iterable[Readable], pair: Mapping[str, Tensor] | None) -> None:
+    """Refuse to score pairs without the features of the pair itself."""
+    for name in (feature.key for feature in wanted):
+        if name not in (pair or {}):
+            raise DataError(f"the model reads '{name}' of each pair of user and item; give it in `pair`.")
 
 
 def has_ids(feature: Feature) -> bool:
