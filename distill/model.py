@@ -99,6 +99,10 @@ class Encoder(Model):
     def sizes(self) -> dict[str, int]:
         return {"queries": self.dim, "candidates": self.dim}
 
+    def scale(self) -> Tensor | float:
+        """What a dot product of its vectors is multiplied by to be a score as served; above 0."""
+        return 1.0
+
     def represents(self, needs: Needs) -> Needs:
         pairwise = needs.fields & {"scores", "in_batch"}
         return Needs(

@@ -14,6 +14,7 @@ from torch import Tensor
 from distill.data.judged import Judged
 from distill.errors import DataError, RecipeError
 from distill.evaluation import metrics as plain
+from distill.evaluation import pair_metrics
 from distill.evaluation.scoring import (
     PairScorer,
     can_search,
@@ -118,16 +119,16 @@ def check_measurable(judged: Judged, metrics: Sequence[str], threshold_from: Jud
         raise DataError(f"{judged.name or 'the split'} has texts only: there is nothing to measure on it.")
     labels = _labels(judged)
     if judged.task == "pairs":
-        plain.check_pair_metrics(metrics)
-        if plain.needs_threshold(metrics):
+        pair_metrics.check_pair_metrics(metrics)
+        if pair_metrics.needs_threshold(metrics):
             if threshold_from is None:
                 raise RecipeError(
                     "Accuracy and F1 need a threshold, fitted on another split: give threshold_from a "
                     "labelled development split, or take these metrics out."
                 )
             known = _labels(threshold_from).numpy()
-            plain.fit_threshold(known, known)
-        plain.pairs(
+            pair_metrics.fit_threshold(known, known)
+        pair_metrics.pairs(
             labels.numpy(), labels.numpy(), metrics, 0.5
         )  # refuses labels that these metrics cannot read
         return
@@ -148,10 +149,12 @@ def _evaluate_pairs(
     model: Encoder | PairScorer, judged: Judged, metrics: Sequence[str], dev: Judged | None, progress: bool
 ) -> Evaluation:
     threshold = None
-    if dev is not None and plain.needs_threshold(metrics):
-        threshold = plain.fit_threshold(score_listed(model, dev, progress).numpy(), _labels(dev).numpy())
+    if dev is not None and pair_metrics.needs_threshold(metrics):
+        threshold = pair_metrics.fit_threshold(
+            score_listed(model, dev, progress).numpy(), _labels(dev).numpy()
+        )
     scores, labels = score_listed(model, judged, progress).numpy(), _labels(judged).numpy()
-    means = plain.pairs(scores, labels, metrics, threshold)
+    means = pair_metrics.pairs(scores, labels, metrics, threshold)
     per_query = pd.DataFrame(
         {
             "query": [judged.queries.ids[row] for row in query_of(judged.listed).tolist()],

@@ -1,4 +1,4 @@
-"""``distill.evaluation.metrics.pairs`` as an `evaluate` module; ``evaluate.load`` takes this file too."""
+"""``distill.evaluation.pairs`` as an `evaluate` module; ``evaluate.load`` takes this file too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 
-from distill.evaluation.metrics import pairs
+from distill.evaluation.pair_metrics import pairs
 
 _INPUTS = """
 Args:

@@ -1,4 +1,4 @@
-"""``distill.evaluation.metrics.ranking`` as an `evaluate` module; ``evaluate.load`` takes this file too."""
+"""``distill.evaluation.ranking`` as an `evaluate` module; ``evaluate.load`` takes this file too."""
 
 from __future__ import annotations
 
