@@ -208,7 +208,6 @@ class TwoTower(Encoder):
             "features": self.features.fingerprint,
         }
 
-    @property
     def scale(self) -> Tensor | float:
         if self.log_scale is None:
             return 1.0 / self.temperature
@@ -227,9 +226,9 @@ class TwoTower(Encoder):
         assert users is not None and items is not None
         if "scores" in needs:
             listed = F.embedding(batch.index, items)  # [B, N, D]; its backward is faster than indexing's
-            outputs = outputs.with_(scores=torch.einsum("bnd,bd->bn", listed, users) * self.scale)
+            outputs = outputs.with_(scores=torch.einsum("bnd,bd->bn", listed, users) * self.scale())
         if "in_batch" in needs:
-            outputs = outputs.with_(in_batch=users @ items.T * self.scale)
+            outputs = outputs.with_(in_batch=users @ items.T * self.scale())
         return outputs
 
     def _users(self, columns: Mapping[str, Any]) -> Tensor:

@@ -122,7 +122,7 @@ class GradientBoosting(Model):
         own = b"" if self.out_of_fold is None else self.out_of_fold.scores.numpy().tobytes()
         return {
             "checkpoint": self.checkpoint or "",
-            "trees": xxhash.xxh3_128_hexdigest(self.booster.model_to_string()),
+            "trees": xxhash.xxh3_128_hexdigest(self.booster.model_to_string().encode()),
             "out_of_fold": xxhash.xxh3_128_hexdigest(own),
             "features": self.features.fingerprint,
         }

@@ -1,5 +1,6 @@
 """The privileged ranker, and Privileged Features Distillation through the real graph."""
 
+import json
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from distill.batch import Batch, Columns
+from distill.data.features import Features
 from distill.errors import DataError, RecipeError
 from distill.graph import Arrow, DistillationGraph
 from distill.model import Model
@@ -76,7 +78,9 @@ def test_score_pairs_says_what_represent_says(features):
         assert asked[b, n].item() == pytest.approx(keys[pair].item(), abs=1e-5)
     with pytest.raises(DataError, match="reads 'hour' of each pair"):
         model.score_pairs(split.queries.take(query), split.candidates.take(query % 15))
-    assert model.score_pairs(split.queries[0:0], split.candidates[0:0], {k: v[:0] for k, v in split.pair.items()}).shape == (0,)
+    assert model.score_pairs(
+        split.queries[0:0], split.candidates[0:0], {k: v[:0] for k, v in split.pair.items()}
+    ).shape == (0,)
 
 
 def test_the_cross_network_multiplies_with_the_first_row():
@@ -101,13 +105,13 @@ def test_target_attention_equals_a_loop_and_is_0_for_an_empty_history():
     assert found[1].abs().max() == 0
 
 
-def test_attention_needs_a_history_of_items(features):
-    from distill.data.features import Features
-
+def test_attention_needs_a_history_of_items():
+    schema = [
+        {"name": "age", "kind": "dense", "side": "user"},
+        {"name": "price", "kind": "dense", "side": "item"},
+    ]
     with pytest.raises(ValueError, match="attention needs a user's sequence that shares the vocabulary"):
-        few = Features([f for f in features.schema if f.name != "history"])
-        few.__dict__.update({k: v for k, v in features.__dict__.items() if k not in ("schema", "_by_name")})
-        PrivilegedRanker(few, history="attention")
+        PrivilegedRanker(Features(schema), history="attention")
 
 
 def test_shares_the_students_tables_but_its_own(features):
@@ -178,7 +182,7 @@ class Says(Model):
 
 
 def pfd(student, teacher, weight=0.5):
-    """The graph of methods 3.1: hard labels for both, soft ones for the student after a warm-up of a fifth."""
+    """Hard labels for both, and after a warm-up of a fifth the teacher's soft ones for the student."""
     hard, soft = [[0, 1], [0.2, 1], [0.2, 1 - weight]], [[0, 0], [0.2, 0], [0.2, weight]]
     arrows = [
         Arrow("labels", BinaryCrossEntropy(), "student", weight=hard),
@@ -186,3 +190,41 @@ def pfd(student, teacher, weight=0.5):
         Arrow("soft", BinaryCrossEntropy(), "student", "ranker", weight=soft),
     ]
     return DistillationGraph({"student": student, "ranker": teacher}, arrows, ["student", "ranker"])
+
+
+def test_privileged_features_distillation_as_the_worked_example_has_it():
+    """Logits 0 of the student and 2 of the teacher, label 1, half of the weight on each."""
+    student, teacher = Says(0.0), Says(2.0)
+    graph, batch = pfd(student, teacher), Batch.of_scores(1, 1)
+    losses = graph(batch, 0.5)
+    assert losses["labels"].loss.item() == pytest.approx(0.693147, abs=1e-6)
+    assert losses["soft"].loss.item() == pytest.approx(0.693147, abs=1e-6)
+    assert losses["ranker_labels"].loss.item() == pytest.approx(0.126928, abs=1e-6)
+    weights = {arrow.name: arrow.weight_at(0.5) for arrow in graph.arrows}
+    total = sum(weights[name] * loss.loss.sum() for name, loss in losses.items())
+    assert total.item() == pytest.approx(0.693147 + 0.126928, abs=1e-6)
+    total.backward()
+    assert student.score.grad.item() == pytest.approx(-0.440399, abs=1e-6)
+    assert teacher.score.grad.item() == pytest.approx(1 / (1 + math.exp(-2)) - 1, abs=1e-6), "its labels only"
+    student.score.grad = None
+    during = graph(batch, 0.1)
+    assert "soft" not in during, "closed in the warm-up"
+    during["labels"].loss.sum().backward()
+    assert student.score.grad.item() == pytest.approx(-0.5)
+
+
+def test_trained_together_with_shared_tables(features, tmp_path):
+    """Both learn, the teacher better than the student can: it sees what tells the label."""
+    torch.manual_seed(0)
+    student = TwoTower(features, dim=8, similarity="dot")
+    ranker = PrivilegedRanker(features, student.tables, own_tables=["user_id"], widths=(16,))
+    graph = pfd(student, ranker)
+    graph.check({"shop": True})
+    settings = TrainSettings(steps=60, learning_rate=0.02, evaluate_every=None, mixed_precision="no")
+    Trainer(graph, shop(features), settings, tmp_path).fit()
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert lines[0]["weight/labels"] == 1.0 and "loss/soft" not in lines[0]
+    assert lines[-1]["weight/labels"] == lines[-1]["weight/soft"] == 0.5
+    assert lines[-1]["loss/ranker_labels"] < 0.1 < lines[-1]["loss/labels"]
+    assert lines[-1]["loss/labels"] < lines[0]["loss/labels"]
+    assert student.tables.by_name()["item_id"] is ranker.tables.by_name()["item_id"]
