@@ -87,7 +87,8 @@ class Recipe(_Strict):
     baseline: bool | dict[str, dict[str, Any]] = False
     baseline_train: BaselineTrain = BaselineTrain()
     keep: str = "student"
-    search: list[str] = []  # sample queries answered from an index of the test candidates at the end
+    # sample queries, or users as mappings, answered from an index of the test candidates at the end
+    search: list[str | dict[str, Any]] = []
 
     @field_validator("name")
     @classmethod

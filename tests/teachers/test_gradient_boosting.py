@@ -65,7 +65,7 @@ def test_its_own_training_rows_are_scored_by_trees_that_have_not_seen_their_user
         entry = int(listed.offsets[query]) + listed[int(query)].tolist().index(item)
         right += bool((said[b, n] > 0) == (labels[entry] > 0))
         same += said[b, n].item() == whole[entry].item()
-    assert same < 10 and right > 85 and batch.mask.sum() > 90
+    assert same < 10 and right > 0.9 * batch.mask.sum() > 50
     elsewhere = replace(batch, source="dev")
     other = model.represent(elsewhere.view(*model.reads.keys), SCORES).scores
     assert not torch.equal(other, said)
