@@ -59,9 +59,11 @@ def public(rows):
     return [{k: v for k, v in row.items() if k not in ("loyalty", "returns")} for row in rows]
 
 
-def fitted():
+def fitted(user_buckets=None):
+    """The features of the shop; with ``user_buckets`` the user's id is a hash."""
     pairs = [{"hour": f"h{i % 3}", "dwell": i / 20, "source": f"s{i % 2}"} for i in range(20)]
-    return Features(SCHEMA).fit(
+    schema = [{**SCHEMA[0], **({"hash_buckets": user_buckets} if user_buckets else {})}, *SCHEMA[1:]]
+    return Features(schema).fit(
         user=pl.DataFrame(users()).drop("history"), item=pl.DataFrame(items()), context=pl.DataFrame(pairs)
     )
 

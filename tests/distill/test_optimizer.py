@@ -117,7 +117,7 @@ def test_a_training_that_was_stopped_ends_bit_for_bit_where_another_ends(feature
 
 
 def test_tables_are_neither_clipped_nor_decayed(features, tmp_path):
-    """A row that is not read stays; under a tiny limit of the norm, those read still move at their own rate."""
+    """A row that is not read stays; under a tiny limit of the norm, those read move at their own rate."""
     it, graph = trained(features, tmp_path, steps=1, clip=1e-12, weight_decay=0.5, warmup=0.0)
     table = graph.nodes["student"].tables.by_name()["user_id"].weight
     before = table.detach().clone()
