@@ -78,7 +78,9 @@ class Feature(BaseModel):
         if self.vocabulary is not None and (self.hash_buckets is not None or self.min_count > 1):
             raise ValueError("hash_buckets and min_count belong to the feature whose vocabulary it shares")
         if self.buckets is not None and self.transform != "none":
-            raise ValueError("buckets are cut at quantiles, which no transform changes; leave one of them out")
+            raise ValueError(
+                "buckets are cut at quantiles, which no transform changes; leave one of them out"
+            )
         if self.kind in ("sequence", "text") and self.side == "context":
             raise ValueError(f"a {self.kind} feature belongs to a user or an item, not to a pair")
         if (self.kind == "text") != (self.encoder is not None):

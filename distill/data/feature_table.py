@@ -67,10 +67,10 @@ class Windows:
     def select(self, rows: Tensor) -> Ragged:
         """The given sequences, one gather."""
         lengths = self.lengths[rows]
-        ends = lengths.cumsum(0)
-        shift = torch.repeat_interleave(self.starts[rows] - (ends - lengths), lengths)
-        places = shift + torch.arange(len(shift))
-        return Ragged.of_lengths(self.values[places].long(), lengths)
+        shift = self.starts[rows] - (lengths.cumsum(0) - lengths)
+        places = np.repeat(shift.numpy(), lengths.numpy())  # faster than repeat_interleave
+        places += np.arange(len(places))
+        return Ragged.of_lengths(self.values[torch.from_numpy(places)].long(), lengths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,13 @@ class FeatureTable(Table):
 
     def take(self, rows: Tensor) -> FeatureTable:
         """The given rows [m], in that order: one gather per column."""
-        return FeatureTable(Names(self.ids, rows), {name: _chosen(c, rows) for name, c in self.columns.items()})
+        return FeatureTable(Names(self.ids, rows), self.gather(rows))
+
+    def gather(self, rows: Tensor, names: Sequence[str] | None = None) -> dict[str, Tensor | Ragged]:
+        """The named columns of the given rows [m]; all without names."""
+        return {
+            name: _chosen(self.columns[name], rows) for name in (self.columns if names is None else names)
+        }
 
     @cached_property
     def same(self) -> Tensor:
@@ -113,6 +119,8 @@ class Visits(Table):
     rows: Tensor  # [n] int64
     histories: Mapping[str, Windows]
     marks: Tensor | None = None  # [n] what tells a user's moments apart in ids; None: one moment each
+    beside: np.ndarray | None = None  # [n] uint64 a hash of what belongs to the moment and to no column
+    exposed: Ragged | None = None  # rows of items that each user was shown and did not take, in train
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -150,7 +158,8 @@ class Visits(Table):
 
     def keys(self) -> np.ndarray:
         parts = [self[start : start + ROWS_AT_ONCE].keys() for start in range(0, len(self), ROWS_AT_ONCE)]
-        return np.concatenate(parts) if parts else np.empty((0, 2), np.uint64)
+        keys = np.concatenate(parts) if parts else np.empty((0, 2), np.uint64)
+        return keys if self.beside is None else mixed(keys + self.beside[:, None])
 
 
 def _chosen(column: Tensor | Ragged, rows: Tensor) -> Tensor | Ragged:
@@ -197,7 +206,9 @@ def text_hash(words: Sequence[str] | Any) -> np.ndarray:
     array = array.cast(pa.large_string())
     _, offsets, data = array.buffers()
     starts = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
-    letters = np.frombuffer(data, np.uint8)[starts[0] : starts[-1]] if data is not None else np.empty(0, np.uint8)
+    letters = (
+        np.frombuffer(data, np.uint8)[starts[0] : starts[-1]] if data is not None else np.empty(0, np.uint8)
+    )
     return _sum_hash(letters.astype(np.uint64), starts - starts[0], np.array([7], np.uint64))
 
 

@@ -211,7 +211,9 @@ class Features:
     def column(self, name: str, values: Any, where: str = "rows") -> Tensor | Ragged:
         """The column of one feature: of a polars Series, or anything that makes one."""
         pl = need_polars()
-        return self._column(self[name], values if isinstance(values, pl.Series) else pl.Series(name, values), where)
+        return self._column(
+            self[name], values if isinstance(values, pl.Series) else pl.Series(name, values), where
+        )
 
     def _column(self, feature: Feature, values: polars.Series, where: str) -> Tensor | Ragged:
         if feature.kind == "dense":
@@ -255,9 +257,7 @@ class Features:
             values = values.list.tail(feature.max_length)
         lengths = values.list.len().fill_null(0).to_numpy().astype(np.int64)
         flat = values.filter(pl.Series(lengths > 0)).explode()
-        return Ragged.of_lengths(
-            torch.from_numpy(self._ids(feature, flat, where)), torch.from_numpy(lengths)
-        )
+        return Ragged.of_lengths(torch.from_numpy(self._ids(feature, flat, where)), torch.from_numpy(lengths))
 
     def _ids(self, feature: Feature, values: polars.Series, where: str) -> np.ndarray:
         """Ids [n] int64 of categories; unknown and missing ones are 1."""
@@ -360,7 +360,9 @@ def _categories(values: polars.Series, place: str) -> polars.Series:
         if (values == values.round()).fill_null(True).all():
             return values.cast(pl.Int64)
         row = (values != values.round()).fill_null(False).arg_max()
-        raise DataError(f"{place}, row {row} (counted from 0): {values[row]} is no category; give whole numbers or words.")
+        raise DataError(
+            f"{place}, row {row} (counted from 0): {values[row]} is no category; give whole numbers or words."
+        )
     if kind in (pl.String, pl.Categorical, pl.Enum) or isinstance(kind, pl.Categorical | pl.Enum):
         return values.cast(pl.String)
     raise DataError(f"{place} holds {kind}, which are no categories; give whole numbers or words.")

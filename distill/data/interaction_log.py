@@ -12,7 +12,7 @@ import torch
 
 from distill.data.feature_table import Windows
 
-TRAIN, DEV, TEST, LEFT_OUT = 0, 1, 2, 3  # parts of a split
+TRAIN, DEV, TEST = 0, 1, 2  # parts of a split
 PARTS = {"train": TRAIN, "dev": DEV, "test": TEST}
 
 
@@ -168,5 +168,7 @@ def shuffled_rings(
 def windows(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Windows:
     """Windows of arrays."""
     return Windows(
-        torch.from_numpy(values), torch.from_numpy(starts.astype(np.int64)), torch.from_numpy(lengths.astype(np.int64))
+        torch.from_numpy(values),
+        torch.from_numpy(starts.astype(np.int64)),
+        torch.from_numpy(lengths.astype(np.int64)),
     )

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from distill.batch import Ragged
 from distill.data.feature_schema import Feature
-from distill.data.feature_table import FeatureTable, Visits, Windows
-from distill.data.interaction_log import DEV, PARTS, TEST, TRAIN, Log, histories, shuffled_rings, windows
+from distill.data.feature_table import FeatureTable, Visits, Windows, content_keys
+from distill.data.interaction_log import DEV, PARTS, TRAIN, Log, histories, shuffled_rings, windows
 from distill.data.judged import Judged
 from distill.errors import DataError
 
@@ -80,7 +80,11 @@ def retrieval(data: Prepared, name: str, where: str) -> Judged:
     return Judged(
         task="retrieval",
         queries=Visits(
-            data.users, _long(users), _histories(data, name, asked), _long(asked) if name == "train" else None
+            data.users,
+            _long(users),
+            _histories(data, name, asked),
+            _long(asked) if name == "train" else None,
+            exposed=data.exposed,
         ),
         candidates=data.items,
         listed=listed,
@@ -123,7 +127,8 @@ def _seen(data: Prepared, name: str, users: np.ndarray, listed: Ragged) -> Ragge
     n = len(data.items)
     wanted = np.repeat(np.arange(len(users)), listed.lengths.numpy()) * n + listed.values.numpy()
     keys = query * n + items
-    keys = np.unique(keys[(query >= 0) & ~np.isin(keys, wanted)])
+    keys = np.sort(keys[(query >= 0) & ~np.isin(keys, wanted)])
+    keys = keys[np.diff(keys, prepend=-1) > 0]
     return Ragged.of_lengths(_long(keys % n), torch.from_numpy(np.bincount(keys // n, minlength=len(users))))
 
 
@@ -194,8 +199,11 @@ def pairs(data: Prepared, name: str, width: int, where: str) -> Judged:
     parts = np.stack([run, again, within // width])[:, order]
     begins = np.ones(len(rows), bool)
     begins[1:] = (parts[:, 1:] != parts[:, :-1]).any(axis=0)
+    query = begins.cumsum() - 1
+    order = order[np.lexsort((-data.labels[rows[order]], query))]  # positives first
     first = np.flatnonzero(begins)
     rows, queries = rows[order], order[first]
+    pair = {key: values[torch.from_numpy(rows)] for key, values in data.pair.items()}
     return Judged(
         task="pairs",
         queries=Visits(
@@ -203,6 +211,7 @@ def pairs(data: Prepared, name: str, width: int, where: str) -> Judged:
             _long(users[queries]),
             data.remember(events.items, starts[queries], lengths[queries]),
             _long(rows[first]),
+            _beside(pair, log.items[rows], first),
         ),
         candidates=data.items,
         listed=Ragged.of_lengths(
@@ -210,9 +219,17 @@ def pairs(data: Prepared, name: str, width: int, where: str) -> Judged:
         ),
         labels=torch.from_numpy(data.labels[rows]).float(),
         name=where,
-        pair={key: values[torch.from_numpy(rows)] for key, values in data.pair.items()},
+        pair=pair,
         groups=_long(users[queries]),
     )
+
+
+def _beside(pair: Mapping[str, Tensor], items: np.ndarray, first: np.ndarray) -> np.ndarray | None:
+    """A hash of the pair features of each query: what a teacher says of an item depends on them too."""
+    if not pair:
+        return None
+    keys = content_keys({**pair, "": _long(items)}, len(items))[:, 0]
+    return np.add.reduceat(keys, first)
 
 
 def _occurrence(keys: np.ndarray) -> np.ndarray:
@@ -229,11 +246,10 @@ def _occurrence(keys: np.ndarray) -> np.ndarray:
 
 def _not_empty(rows: np.ndarray, where: str) -> None:
     if not len(rows):
-        raise DataError(f"{where}: no interaction is left for this split. Give it a larger share, or a table.")
+        raise DataError(
+            f"{where}: no interaction is left for this split. Give it a larger share, or a table."
+        )
 
 
 def _long(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.int64))
-
-
-__all__ = ["DEV", "TEST", "TRAIN", "Events", "Prepared", "pairs", "retrieval", "sampled"]
