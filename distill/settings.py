@@ -59,6 +59,7 @@ class EvaluateSettings(_Strict):
     metrics: list[str] = []
     teachers: bool = True  # measure them too
     rerank: Annotated[int, Field(gt=0)] = 100  # a model that cannot be indexed re-ranks so many of BM25's
+    references: list[Literal["popularity", "random"]] = []  # measured beside the models
 
 
 class BaselineTrain(_Strict):

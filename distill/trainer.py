@@ -23,7 +23,7 @@ from distill.checkpoint import (
 )
 from distill.data.source import Source
 from distill.errors import DataError, RecipeError, RunError
-from distill.evaluation import higher_is_better
+from distill.evaluation import merit
 from distill.graph import DistillationGraph
 from distill.nn.precision import resolve_precision
 from distill.optimizer import optimizers, rate_at, rate_problems, table_names
@@ -261,7 +261,7 @@ class Trainer:
             raise RunError(self._diverged(f"the student cannot be measured: {error}", p.step)) from error
         self._record({f"dev/{name}": value for name, value in metrics.items()})
         name = self.select or next(iter(metrics))
-        value = metrics[name] if higher_is_better(name) else -metrics[name]
+        value = merit(name, metrics[name])
         value = -math.inf if math.isnan(value) else value  # a correlation that is not defined
         if p.best is None or value > p.best:
             p.best, p.best_step, p.without_better, p.dev = value, p.step, 0, metrics

@@ -14,11 +14,13 @@ from distill.evaluation.metrics import (
     ranking,
 )
 from distill.evaluation.pair_metrics import fit_threshold, pairs
+from distill.evaluation.references import REFERENCES, evaluate_reference
 from distill.evaluation.scoring import PairScorer, score_listed
 from distill.evaluation.search import search, top
 from distill.evaluation.significance import Comparison, compare
 
 __all__ = [
+    "REFERENCES",
     "Catalogue",
     "Comparison",
     "Evaluation",
@@ -29,6 +31,7 @@ __all__ = [
     "check_measurable",
     "compare",
     "evaluate_model",
+    "evaluate_reference",
     "fidelity",
     "fit_threshold",
     "higher_is_better",

@@ -64,6 +64,10 @@ class RankingMetric(NamedTuple):
     def needs_popularity(self) -> bool:
         return self.cold is not None or self.kind == "AveragePopularity"
 
+    @property
+    def needs_catalogue(self) -> bool:
+        return self.kind == "Coverage" or self.needs_popularity
+
 
 OF_CATALOGUE = ("Coverage", "AveragePopularity")
 OTHER_NAMES = {"HitRate": "Success"}  # besides those that ir_measures knows
@@ -107,7 +111,7 @@ def ranking_metric(name: str) -> RankingMetric:
         cold = int(found[1])
         name = (name[: found.start()] + name[found.end() :]).replace("()", "").replace(",)", ")")
     measure = parse_metric(name)
-    return RankingMetric(measure, measure.NAME, measure.params.get("cutoff"), cold)
+    return RankingMetric(measure, str(measure.NAME), measure.params.get("cutoff"), cold)
 
 
 def _nearest_ranking_metric(name: str) -> str:
@@ -169,13 +173,15 @@ def ranking(
     asked = {name: ranking_metric(name) for name in metrics}
     check_catalogue(asked, catalogue)
     _check_scores(run)
-    ranked = Ranked.of(run, qrels, _whole(qrels), catalogue)
+    wanted = any(metric.needs_catalogue for metric in asked.values())
+    ranked = Ranked.of(run, qrels, _whole(qrels), catalogue if wanted else None)
     columns, means = {}, {}
     for name, metric in asked.items():
-        if metric.kind == "Coverage":
-            means[name] = ranked.coverage(metric.cutoff)
-            continue
         if metric.measure is None:
+            assert metric.cutoff is not None
+            if metric.kind == "Coverage":
+                means[name] = ranked.coverage(metric.cutoff)
+                continue
             columns[name] = ranked.average_popularity(metric.cutoff)
         else:
             judged = ranked if metric.cold is None else ranked.cold(metric.cold)

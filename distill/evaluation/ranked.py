@@ -95,7 +95,7 @@ class Ranked:
 
     def values(self, measure: ir_measures.Measure) -> np.ndarray:
         """The measure for each query: [Q]; nan where nothing is relevant."""
-        formula = FORMULAS.get(measure.NAME)
+        formula = FORMULAS.get(str(measure.NAME))
         if formula is None or set(measure.params) - {"cutoff"}:
             values = self._of_library(measure)
         else:

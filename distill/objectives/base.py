@@ -31,6 +31,7 @@ class Objective(nn.Module, ABC):
 
     across = False  # True: compares queries with each other
     labelled = False  # True: reads batch.labels
+    contrasts = False  # True: learns nothing, or nothing but yes, from lists of positives only
 
     def __init__(self, student_needs: Needs, teacher_needs: Needs | None = None):
         super().__init__()

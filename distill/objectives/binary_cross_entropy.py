@@ -50,13 +50,13 @@ class BinaryCrossEntropy(Objective):
         tensor([0.6931])
     """
 
-    labelled = True
+    labelled = contrasts = True
 
     def __init__(self) -> None:
         super().__init__(student_needs=Needs("scores"))
 
     def hear(self) -> None:
-        self.teacher_needs, self.labelled = Needs("scores"), False
+        self.teacher_needs, self.labelled, self.contrasts = Needs("scores"), False, False
 
     def count(self, batch: Batch) -> Tensor:
         return batch.mask.sum(dim=-1).float()

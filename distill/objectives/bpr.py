@@ -63,7 +63,7 @@ class BPR(Objective):
         super().__init__(student_needs=Needs(field))
         check_positive(temperature=temperature)
         self.temperature = temperature
-        self.across = in_batch
+        self.across, self.contrasts = in_batch, not in_batch
         self.field = field
 
     def count(self, batch: Batch) -> Tensor:

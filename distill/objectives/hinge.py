@@ -98,7 +98,7 @@ class Hinge(Objective):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, or null; got {number}.")
         self.margin, self.hardest, self.warp = margin, hardest, warp
-        self.across = in_batch
+        self.across, self.contrasts = in_batch, not in_batch
         self.field = field
 
     def count(self, batch: Batch) -> Tensor:

@@ -120,7 +120,7 @@ class SampledSoftmax(Objective):
         check_choice("log_q", log_q, ("none", "all", "negatives", "refined"))
         self.temperature = temperature
         self.correction = log_q
-        self.across = in_batch
+        self.across, self.contrasts = in_batch, not in_batch
         self.field = field
 
     def count(self, batch: Batch) -> Tensor:
