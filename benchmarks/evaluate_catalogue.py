@@ -28,16 +28,15 @@ from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from _measure import alternate, machine, median, report  # noqa: E402
+import numpy as np
+import torch
+from _measure import alternate, machine, median, report
+from torch import Tensor
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from distill.batch import Ragged  # noqa: E402
-from distill.data import Judged  # noqa: E402
-from distill.evaluation import evaluate_model  # noqa: E402
-from distill.evaluation.references import Rows  # noqa: E402
+from distill.batch import Ragged
+from distill.data import Judged
+from distill.evaluation import evaluate_model
+from distill.evaluation.references import Rows
 
 METRICS = ["HitRate@10", "nDCG@10", "Recall@100", "MRR@100"]
 DEPTH = 100

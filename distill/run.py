@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -343,7 +343,7 @@ class _Run:
         return {"metric": metric, "confidence": CONFIDENCE, "of": of, **found._asdict()}
 
     def _card(self, measures: Mapping[str, Mapping[str, Any]], model: Model) -> str:
-        from distill.hub import model_card
+        from distill.hub.card import model_card
 
         recipe = self.recipe
         base = recipe.models[recipe.keep].get("checkpoint")
@@ -359,8 +359,10 @@ class _Run:
         )
 
 
-def _kind_of(model: Model) -> Literal["encoder", "multi_vector", "cross_encoder"]:
+def _kind_of(model: Model) -> Kind:
     """What a model card calls it."""
+    if hasattr(model, "features"):
+        return "recommender"
     if not isinstance(model, Encoder):
         return "cross_encoder"
     return "multi_vector" if model.search == "maxsim" else "encoder"
