@@ -89,6 +89,7 @@ class Judged:
     pair: Mapping[str, Tensor] = field(default_factory=dict)  # feature of a listed pair -> [T]
     seen: Ragged | None = None  # rows of candidates per query that a search leaves out
     groups: Tensor | None = None  # [queries] int64, which user each belongs to; None: each its own
+    popularity: Tensor | None = None  # [candidates] how often each was chosen in training, for metrics
 
     @property
     def who(self) -> Tensor:
