@@ -121,11 +121,11 @@ class ChosenRows(Ragged):
         return self.whole.select(self.rows)
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:
         return self._made.values
 
     @property
-    def offsets(self) -> Tensor:  # type: ignore[override]
+    def offsets(self) -> Tensor:
         return self._made.offsets
 
     def __len__(self) -> int:

@@ -18,6 +18,7 @@ from distill.data.negatives import Negatives, RandomNegatives
 from distill.data.retrieval import Retrieval
 from distill.data.sampling import ExposedNegatives, LogUniformNegatives, MixedNegatives, PopularNegatives
 from distill.data.scored_lists import ScoredLists
+from distill.data.simulated import SimulatedPrivileged
 from distill.data.source import JudgedSource, Source, TextSource
 from distill.data.tables import RawTable, read_table
 from distill.data.text_data import TextData
@@ -50,6 +51,7 @@ __all__ = [
     "RawTable",
     "Retrieval",
     "ScoredLists",
+    "SimulatedPrivileged",
     "Source",
     "StreamingFrequency",
     "TextData",

@@ -1,4 +1,4 @@
-"""Files of a data set in its folder or its zip archive, as frames. Part of ``movielens.py`` and ``kuairand.py``."""
+"""Files of a data set in its folder or its zip archive, as frames. Next: ``movielens.py``."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ WEIGHT = 5.0  # rows that the mean rate counts for, where a key has few
 
 
 def before(keys: np.ndarray, times: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many rows of its key are strictly earlier than each row, and how many of them are positive: [T] each.
+    """How many rows of its key are strictly earlier than each row, and how many of those are positive.
 
     Rows of equal time see nothing of each other, whatever their order.
 

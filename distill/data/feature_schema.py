@@ -35,8 +35,8 @@ class Feature(BaseModel):
         side: Whose it is: ``user``, ``item``, or ``context`` for what belongs to a pair of both.
         privileged: Known in training only: a teacher may read it, a student cannot.
         column: Its column in the data; the name, if not given.
-        vocabulary: The feature whose ids it shares. A user's ``sequence`` that shares an item's ids and has no
-            column of its own in the users table is the user's history.
+        vocabulary: The feature whose ids it shares. A user's ``sequence`` that shares an item's ids and
+            has no column of its own in the users table is the user's history.
         hash_buckets: Ids are a hash modulo this, and no vocabulary is kept.
         min_count: Categories seen less often are unknown.
         separator: Of a sequence that is stored as one text, as genres are: ``|``.
@@ -78,9 +78,7 @@ class Feature(BaseModel):
         if self.vocabulary is not None and (self.hash_buckets is not None or self.min_count > 1):
             raise ValueError("hash_buckets and min_count belong to the feature whose vocabulary it shares")
         if self.buckets is not None and self.transform != "none":
-            raise ValueError(
-                "buckets are cut at quantiles, which no transform changes; leave one of them out"
-            )
+            raise ValueError("no transform changes where quantiles cut into buckets; leave one of them out")
         if self.kind in ("sequence", "text") and self.side == "context":
             raise ValueError(f"a {self.kind} feature belongs to a user or an item, not to a pair")
         if (self.kind == "text") != (self.encoder is not None):
@@ -159,6 +157,6 @@ def _check_shared(feature: Feature, schema: Mapping[str, Feature]) -> None:
         )
     if owner.privileged and not feature.privileged:
         raise ValueError(
-            f"features, '{feature.name}': its vocabulary is that of '{owner.name}', which is privileged, so a "
-            f"student would carry what only training knows; give it one of its own."
+            f"features, '{feature.name}': its vocabulary is that of '{owner.name}', which is privileged, so "
+            f"a student would carry what only training knows; give it one of its own."
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, overload
 
@@ -121,13 +121,13 @@ class Visits(Table):
     marks: Tensor | None = None  # [n] what tells a user's moments apart in ids; None: one moment each
     beside: np.ndarray | None = None  # [n] uint64 a hash of what belongs to the moment and to no column
     exposed: Ragged | None = None  # rows of items that each user was shown and did not take, in train
+    ids: Sequence[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", Names(self.users.ids, self.rows, self.marks))
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @cached_property
-    def ids(self) -> Sequence[str]:
-        return Names(self.users.ids, self.rows, self.marks)
 
     def __getitem__(self, rows: slice) -> FeatureTable:
         return self.take(torch.arange(*rows.indices(len(self))))
@@ -196,7 +196,7 @@ def _sum_hash(values: np.ndarray, offsets: np.ndarray, salt: np.ndarray) -> np.n
     return mixed(sums[offsets[1:]] - sums[offsets[:-1]] + lengths.astype(np.uint64))
 
 
-def text_hash(words: Sequence[str] | Any) -> np.ndarray:
+def text_hash(words: Any) -> np.ndarray:
     """A hash of each word that is the same on every machine: [n] uint64, no Python object per word."""
     import pyarrow as pa
 
@@ -213,7 +213,7 @@ def text_hash(words: Sequence[str] | Any) -> np.ndarray:
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): a bijection of uint64 that spreads all bits."""
+    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): one to one, and it spreads all bits."""
     with np.errstate(over="ignore"):
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -189,31 +189,26 @@ class Features:
             parts += [name, str(values.dtype), str(len(values)), str(int(hashes.sum(dtype=np.uint64)))]
         return content_hash(parts)
 
-    def encode(self, rows: Any, features: Sequence[Feature | str], ids: Any = None) -> FeatureTable:
+    def encode(
+        self, rows: Any, features: Sequence[Feature | str], ids: Any = None, where: str = "rows"
+    ) -> FeatureTable:
         """Raw rows as columns of ids and numbers.
 
         Args:
             rows: A polars or pandas DataFrame, or a sequence of mappings from column to value.
             features: Those that are wanted; no other column is looked at.
             ids: Names of the rows [n]; their numbers, if not given.
+            where: What errors call the rows.
 
         Raises:
             DataError: A column is missing, of another type than it was fitted on, or a dense one holds NaN.
                 A category that train did not have is no error: it is id 1.
         """
         wanted = [self[f] if isinstance(f, str) else f for f in features]
-        where = "rows"
         frame = frame_of(rows, [f.source for f in wanted], where)
         columns = {f.name: self._column(f, frame[f.source], where) for f in wanted}
         n = len(frame) if wanted else len(rows)
         return FeatureTable(Names(range(n) if ids is None else ids), columns)
-
-    def column(self, name: str, values: Any, where: str = "rows") -> Tensor | Ragged:
-        """The column of one feature: of a polars Series, or anything that makes one."""
-        pl = need_polars()
-        return self._column(
-            self[name], values if isinstance(values, pl.Series) else pl.Series(name, values), where
-        )
 
     def _column(self, feature: Feature, values: polars.Series, where: str) -> Tensor | Ragged:
         if feature.kind == "dense":
@@ -273,14 +268,14 @@ class Features:
         vocabulary = self._vocabularies[owner.name]
         if values.dtype != vocabulary.dtype and values.null_count() < len(values) and len(vocabulary):
             raise DataError(
-                f"{place} holds {_kind(values)}, but it was fitted on {_kind(vocabulary)}. Give the values as "
-                f"they were in training."
+                f"{place} holds {_kind(values)}, but it was fitted on {_kind(vocabulary)}. Give the values "
+                f"as they were in training."
             )
         if not len(vocabulary) or values.null_count() == len(values):
             return np.full(len(values), UNKNOWN, np.int64)
         places = pl.Series(range(FIRST, FIRST + len(vocabulary)), dtype=pl.Int64)
-        ids = values.replace_strict(vocabulary, places, default=UNKNOWN, return_dtype=pl.Int64)
-        return ids.fill_null(UNKNOWN).to_numpy().copy()
+        found = values.replace_strict(vocabulary, places, default=UNKNOWN, return_dtype=pl.Int64)
+        return found.fill_null(UNKNOWN).to_numpy().copy()
 
     def _described(self) -> dict[str, Any]:
         return {
@@ -318,8 +313,8 @@ class Features:
         version = told.get("format") if isinstance(told, dict) else None
         if not isinstance(version, int) or not 1 <= version <= FORMAT:
             raise DataError(
-                f"{path}: format {version!r} is not known to this version of Distill, which reads formats 1 to "
-                f"{FORMAT}. Update Distill, or save the model again with this version."
+                f"{path}: format {version!r} is not known to this version of Distill, which reads formats 1 "
+                f"to {FORMAT}. Update Distill, or save the model again with this version."
             )
         try:
             features = cls(told["schema"])
@@ -359,7 +354,7 @@ def _categories(values: polars.Series, place: str) -> polars.Series:
         values = values.fill_nan(None)
         if (values == values.round()).fill_null(True).all():
             return values.cast(pl.Int64)
-        row = (values != values.round()).fill_null(False).arg_max()
+        row = (values != values.round()).fill_null(False).arg_max() or 0
         raise DataError(
             f"{place}, row {row} (counted from 0): {values[row]} is no category; give whole numbers or words."
         )
@@ -381,8 +376,8 @@ def _numbers(feature: Feature, values: polars.Series, where: str) -> np.ndarray:
     if len(wrong := np.flatnonzero(~np.isfinite(numbers))):
         row = int(wrong[0])
         raise DataError(
-            f"{place}, row {row} (counted from 0): {values[row]} is no finite number. Mend the row, or say with "
-            f"`fill` what stands for a missing one."
+            f"{place}, row {row} (counted from 0): {values[row]} is no finite number. Mend the row, or say "
+            f"with `fill` what stands for a missing one."
         )
     return numbers
 

@@ -127,9 +127,7 @@ def frame_of(rows: Any, columns: Sequence[str], where: str) -> polars.DataFrame:
         require(lazy, columns, where)
         return collect(lazy.select(list(dict.fromkeys(columns))), where)
     if isinstance(rows, Mapping | str) or not isinstance(rows, Sequence):
-        raise DataError(
-            f"{where}: rows are a DataFrame or a list of dictionaries, not {type(rows).__name__}."
-        )
+        raise DataError(f"{where}: give a DataFrame or a list of dictionaries, not a {type(rows).__name__}.")
     data = {}
     for column in dict.fromkeys(columns):
         for row, values in enumerate(rows):

@@ -1,4 +1,4 @@
-"""How often items come, counted as they come: the streaming estimator of logQ. Part of ``interaction_source.py``."""
+"""How often items come, estimated as they come. Part of ``interaction_source.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who took what when, in order: filters, splits in time, histories before a moment. Next: ``interactions.py``.
+"""Who took what when, in order: filters, splits in time, histories. Next: ``interactions.py``.
 
 Everything here is arrays: a log of 100 million rows is four of them, and no row is an object.
 """
@@ -37,7 +37,24 @@ class Log:
 
 def in_order(users: np.ndarray, items: np.ndarray, times: np.ndarray | None) -> np.ndarray:
     """The rows in order of (user, time, item): [T] int64. Rows may come in any order."""
-    return np.lexsort((items, users) if times is None else (items, times, users))
+    keys = _moments(users, items if times is None else times)
+    order = np.argsort(keys)  # of one key: many times faster than of three
+    again = np.diff(keys[order]) == 0
+    tied = np.flatnonzero(np.append(again, False) | np.append(False, again))
+    rows = order[tied]
+    order[tied] = rows[np.lexsort((rows, items[rows], keys[rows]))]
+    return order
+
+
+def _moments(users: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """One number per row that grows with user, then time: [T] int64."""
+    if not len(times):
+        return np.empty(0, np.int64)
+    low, high = int(times.min()), int(times.max())
+    if (high - low + 1) * (int(users.max()) + 1) >= 2**62:  # ranks are smaller than the times
+        times, low = np.unique(times, return_inverse=True)[1], 0
+        high = int(times.max())
+    return users.astype(np.int64) * (high - low + 1) + (times - low)
 
 
 def k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
@@ -121,14 +138,8 @@ def histories(
 
     It is the last ``longest`` events of that user that are strictly earlier: never one of the same time.
     """
-    both = np.concatenate([event_times, times])
-    low = both.min(initial=0)
-    span = int(both.max(initial=0)) - int(low) + 2
-    if span * (int(max(event_users.max(initial=0), users.max(initial=0))) + 1) >= 2**62:
-        ranks = np.unique(both, return_inverse=True)[1]
-        event_times, times, low, span = ranks[: len(event_times)], ranks[len(event_times) :], 0, len(both) + 2
-    keys = event_users.astype(np.int64) * span + (event_times - low)
-    ends = np.searchsorted(keys, users.astype(np.int64) * span + (times - low), side="left")
+    moments = _moments(np.concatenate([event_users, users]), np.concatenate([event_times, times]))
+    ends = np.searchsorted(moments[: len(event_users)], moments[len(event_users) :], side="left")
     begins = np.searchsorted(event_users, users, side="left")
     starts = np.maximum(begins, ends - longest)
     return starts, ends - starts
@@ -167,8 +178,5 @@ def shuffled_rings(
 
 def windows(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Windows:
     """Windows of arrays."""
-    return Windows(
-        torch.from_numpy(values),
-        torch.from_numpy(starts.astype(np.int64)),
-        torch.from_numpy(lengths.astype(np.int64)),
-    )
+    starts, lengths = starts.astype(np.int64), lengths.astype(np.int64)
+    return Windows(torch.from_numpy(values), torch.from_numpy(starts), torch.from_numpy(lengths))

@@ -1,4 +1,4 @@
-"""From raw tables to what every split is made of: filter, order, split, fit, encode. Part of ``interactions.py``."""
+"""From raw tables to what splits are made of: filter, order, split, fit, encode."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from distill.data.interaction_log import (
 )
 from distill.data.interaction_source import Law
 from distill.data.interaction_splits import Events, Prepared
-from distill.data.interaction_tables import Tables, only_binary, read_rows
+from distill.data.interaction_tables import PART, Tables, only_binary, read_rows
 from distill.errors import DataError
 
 if TYPE_CHECKING:
@@ -109,16 +109,19 @@ def prepare(
         taken = rows[tables.label].to_numpy() >= settings.at_least
     exposed = rows.filter(~taken)
     if settings.core:
-        taken[taken] = k_core(*(rows[side].to_numpy()[taken] for side in ("user", "item")), settings.core)
+        taken[taken] = k_core(rows["user"].to_numpy()[taken], rows["item"].to_numpy()[taken], settings.core)
     if not taken.any():
         raise DataError(
             f"{name}: no interaction is left; lower at_least ({settings.at_least}) or core ({settings.core})."
         )
-    rows = rows.filter(taken)
+    if not taken.all():
+        rows = rows.filter(taken)
     before = len(users)
     users, rows, exposed = _recode(users, rows, exposed, "user")
     if len(users) < before:
-        log.info("%s: %s users without an interaction that counts are left out", name, f"{before - len(users):,}")
+        log.info(
+            "%s: %s users without an interaction that counts are left out", name, f"{before - len(users):,}"
+        )
     if settings.catalogue == "taken":
         items, rows, exposed = _recode(items, rows, exposed, "item")
 
@@ -146,14 +149,14 @@ def prepare(
         item=items[np.unique(found.items[train])],
         context=rows.filter(train) if context else None,
     )
-    encoded = features.encode(items, features.side("item", privileged=True), items[tables.item])
+    encoded = features.encode(items, features.side("item", privileged=True), items[tables.item], "items")
     data = Prepared(
         log=found,
-        users=features.encode(users, known, users[tables.user]),
+        users=features.encode(users, known, users[tables.user], "users"),
         items=encoded,
         remembered={name: (f, _ids_of(encoded, f)) for name, f in remembered.items()},
-        labels=rows[tables.label].to_numpy() if settings.task == "pairs" else None,
-        pair=features.encode(rows, context).columns if context else {},  # type: ignore[arg-type]
+        labels=rows[str(tables.label)].to_numpy() if settings.task == "pairs" else None,
+        pair=features.encode(rows, context, where="interactions").columns if context else {},  # type: ignore[arg-type]
         seed=settings.seed,
     )
     if len(exposed):
@@ -192,9 +195,9 @@ def _first_of_each(users: np.ndarray, items: np.ndarray) -> np.ndarray:
 
 def _parts(found: Log, rows: polars.DataFrame, settings: Settings, name: str) -> np.ndarray:
     """Which part each row is in: as the tables say, and for what they do not say as the settings do."""
-    part = (
-        rows["part"].to_numpy().astype(np.uint8) if "part" in rows.columns else np.zeros(len(found), np.uint8)
-    )
+    part = np.zeros(len(found), np.uint8)
+    if PART in rows.columns:
+        part = rows[PART].to_numpy().astype(np.uint8)
     train = np.flatnonzero(part == TRAIN)
     if settings.split == "time":
         if found.times is None:
@@ -210,14 +213,14 @@ def _parts(found: Log, rows: polars.DataFrame, settings: Settings, name: str) ->
         return part
     if found.times is None:
         raise DataError(
-            f"{name}: without times no interaction is a user's last. Name the column of times in columns.time, "
+            f"{name}: without times no interaction is a user's last. Name their column in columns.time, "
             f"or give a table for test."
         )
     return leave_last_out(found.users)
 
 
 def _one_out(users: np.ndarray, lots: np.ndarray | None) -> np.ndarray:
-    """Parts [n] of ordered rows: one of each user with two or more is dev, the last or that of the highest lot."""
+    """Parts [n] of ordered rows: one of each user with two or more is dev, the last or one by lot."""
     order = np.arange(len(users)) if lots is None else np.lexsort((lots, users))
     last = np.ones(len(users), bool)
     last[:-1] = users[1:] != users[:-1]
@@ -237,8 +240,8 @@ def _remembered(schema: Sequence[Feature], tables: Tables) -> dict[str, Feature]
             owner = by_name[f.vocabulary]
             if owner.side != "item" or owner.kind != "categorical":
                 raise DataError(
-                    f"features, '{f.name}': a history holds the ids of a categorical feature of the item, and "
-                    f"'{owner.name}' is none; there is no column '{f.source}' in the users table either."
+                    f"features, '{f.name}': a history holds the ids of a categorical feature of the item, "
+                    f"and '{owner.name}' is none; there is no column '{f.source}' in the users table either."
                 )
             found[f.name] = f
     return found
@@ -249,7 +252,7 @@ def _ids_of(items: Any, history: Feature) -> Tensor:
 
 
 def rows_of_lists(frame: polars.LazyFrame, data: Prepared, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """A table of ``user`` and ``items`` (a list) as rows of users, in order, and of items; unknown ones are left out."""
+    """A table of ``user`` and ``items`` (a list) as rows of users, in order, and of items, if known."""
     pl = need_polars()
     codes = []
     for column, table in (("user", data.users), ("items", data.items)):

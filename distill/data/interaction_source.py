@@ -1,4 +1,4 @@
-"""Batches of interactions, gathered from column tensors. Part of ``interactions.py``; samplers: ``sampling.py``."""
+"""Batches of interactions, gathered from column tensors. Next: ``sampling.py``, ``frequency.py``."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class InteractionSource(JudgedSource):
         longest = int(judged.listed.lengths.max()) if len(judged.queries) else 0
         if longest > candidates:
             raise ValueError(
-                f"{judged.name}: a query lists {longest} items, so candidates ({candidates}) must be at least that."
+                f"{judged.name}: a query lists {longest} items, which is more than candidates ({candidates})."
             )
         self.width = min(candidates, longest + sum(sampler.count for sampler in self.listing))
         self.law = law

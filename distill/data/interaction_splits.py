@@ -1,4 +1,4 @@
-"""Splits of prepared interactions as Judged: searches, sampled lists, listed impressions. Part of ``interactions.py``."""
+"""Splits as Judged: searches, sampled lists, impressions. Part of ``interactions.py``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Prepared:
 
 
 def retrieval(data: Prepared, name: str, where: str) -> Judged:
-    """Train: a query per interaction, which lists what was taken. Else a query per user, with all the part's."""
+    """Train: a query per interaction, which lists what was taken. Else one per user, with all the part's."""
     rows = data.log.rows(PARTS[name])
     _not_empty(rows, where)
     each = np.arange(len(rows))
@@ -246,9 +246,7 @@ def _occurrence(keys: np.ndarray) -> np.ndarray:
 
 def _not_empty(rows: np.ndarray, where: str) -> None:
     if not len(rows):
-        raise DataError(
-            f"{where}: no interaction is left for this split. Give it a larger share, or a table."
-        )
+        raise DataError(f"{where}: no interaction is left for this split. Give it a larger share or a table.")
 
 
 def _long(values: np.ndarray) -> Tensor:

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     import polars
 
 
+PART = "distill_part"  # a column of the interactions that says which part of the split a row is
+
+
 @dataclass(frozen=True)
 class Tables:
     """The raw tables of a data set, and what its columns are called.
 
-    ``interactions`` may have a column ``part`` (0 train, 1 dev, 2 test) and a column for each context feature.
+    ``interactions`` may have a column ``PART`` (0 train, 1 dev, 2 test) and one per context feature.
     """
 
     interactions: polars.LazyFrame
@@ -44,6 +47,10 @@ def read_rows(
     others = [c for c in (tables.time, tables.label) if c is not None]
     context = [f.source for f in schema if f.side == "context"]
     require(frame, [tables.user, tables.item, *others, *context], where)
+    if tables.label in context:
+        raise DataError(
+            f"features: the label '{tables.label}' is a context feature too; no model may read it."
+        )
     users, items = (
         _side(given, frame, key, side, schema)
         for given, key, side in ((tables.users, tables.user, "user"), (tables.items, tables.item, "item"))
@@ -55,24 +62,24 @@ def read_rows(
         .alias(ours)
         for key, table, ours in ((tables.user, users, "user"), (tables.item, items, "item"))
     ]
-    kept = dict.fromkeys([*others, *context, *(["part"] if "part" in known else [])])
+    kept = dict.fromkeys([*others, *context, *([PART] if PART in known else [])])
     for key, table in ((tables.user, users), (tables.item, items)):
         if _category(known[key], key, where, dtype=True) != table[key].dtype:
             raise DataError(
-                f"{where}, column '{key}' holds {known[key]}, but the table that describes it {table[key].dtype}; "
-                f"give ids of one type."
+                f"{where}, column '{key}' holds {known[key]}, but the table that describes it "
+                f"{table[key].dtype}; give ids of one type."
             )
     rows = collect(frame.select(*wanted, *(pl.col(c) for c in kept if c not in ("user", "item"))), where)
-    for key, ours, table in ((tables.user, "user", "users"), (tables.item, "item", "items")):
+    for key, ours in ((tables.user, "user"), (tables.item, "item")):
         if rows[ours].null_count():
-            row = rows[ours].is_null().arg_max()
+            row = rows[ours].is_null().arg_max() or 0
             value = collect(frame.select(key).slice(row, 1), where)[key][0]
             raise DataError(
                 f"{where}, column '{key}', row {row} (counted from 0): "
                 + (
                     "the id is missing."
                     if value is None
-                    else f"there is no row for {value!r} in the table of {table}."
+                    else f"there is no row for {value!r} in the table of {ours}s."
                 )
             )
     if not len(rows):
@@ -142,10 +149,10 @@ def _times(values: polars.Series, column: str, where: str) -> np.ndarray:
     else:
         raise DataError(f"{where}, column '{column}' holds {kind}, which is no time.")
     if found.null_count():
-        row = found.is_null().arg_max()
+        row = found.is_null().arg_max() or 0
         raise DataError(
-            f"{where}, column '{column}', row {row} (counted from 0): {values[row]!r} is no time. Mend the row, "
-            f"or say `time: null` if nobody knows the times."
+            f"{where}, column '{column}', row {row} (counted from 0): {values[row]!r} is no time. Mend the "
+            f"row, or say `time: null` if nobody knows the times."
         )
     return found.to_numpy()
 
@@ -166,8 +173,8 @@ def _labels(values: polars.Series, column: str, where: str) -> np.ndarray:
 def only_binary(labels: np.ndarray, column: str) -> np.ndarray:
     if len(wrong := np.flatnonzero((labels != 0) & (labels != 1))):
         raise DataError(
-            f"interactions, column '{column}': the label {labels[wrong[0]]:g} is neither 0 nor 1, as the labels "
-            f"of impressions are. Name another column, or make positives of ratings with task: retrieval and "
-            f"at_least."
+            f"interactions, column '{column}': the label {labels[wrong[0]]:g} is neither 0 nor 1, as the "
+            f"labels of impressions are. Name another column, or make positives of ratings with "
+            f"task: retrieval and at_least."
         )
     return labels

@@ -1,4 +1,4 @@
-"""Interactions of users with items as a data set. Next: ``interaction_prepare.py``, ``movielens.py``, ``kuairand.py``."""
+"""Interactions of users with items as a data set. Next: ``interaction_prepare.py``, ``movielens.py``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distill.data.interaction_log import PARTS, TRAIN
 from distill.data.interaction_prepare import Settings, prepare, rows_of_lists
 from distill.data.interaction_source import InteractionSource, Law
 from distill.data.interaction_splits import Prepared, pairs, retrieval, sampled
-from distill.data.interaction_tables import Tables
+from distill.data.interaction_tables import PART, Tables
 from distill.data.judged import Judged
 from distill.data.negatives import Negatives
 from distill.data.tables import Spec
@@ -185,13 +185,15 @@ class Interactions(InteractionData):
 
     def tables(self) -> Tables:
         pl = need_polars()
-        frames = [scan(self.given["interactions"], "interactions").with_columns(part=pl.lit(TRAIN, pl.UInt8))]
+        frames = [
+            scan(self.given["interactions"], "interactions").with_columns(pl.lit(TRAIN, pl.UInt8).alias(PART))
+        ]
         for name, spec in self.parts.items():
             if spec is not None:
-                frames.append(scan(spec, name).with_columns(part=pl.lit(PARTS[name], pl.UInt8)))
+                frames.append(scan(spec, name).with_columns(pl.lit(PARTS[name], pl.UInt8).alias(PART)))
         alone = len(frames) == 1
         return Tables(
-            frames[0].drop("part") if alone else pl.concat(frames, how="diagonal_relaxed"),
+            frames[0].drop(PART) if alone else pl.concat(frames, how="diagonal_relaxed"),
             None if self.given["users"] is None else scan(self.given["users"], "users"),
             None if self.given["items"] is None else scan(self.given["items"], "items"),
             str(self.columns["user"]),

@@ -93,7 +93,7 @@ class Judged:
 
     @property
     def who(self) -> Tensor:
-        """Who asks: queries of one group, or without groups those with equal content, share their positives."""
+        """Who asks: queries of one group, or without groups of equal content, share their positives."""
         return self.queries.same if self.groups is None else self.groups
 
     @cached_property

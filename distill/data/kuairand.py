@@ -14,7 +14,7 @@ from distill.data.feature_schema import Feature
 from distill.data.frames import collect, need_polars
 from distill.data.interaction_log import TEST, TRAIN
 from distill.data.interaction_prepare import Settings
-from distill.data.interaction_tables import Tables
+from distill.data.interaction_tables import PART, Tables
 from distill.data.interactions import InteractionData
 from distill.errors import DataError
 from distill.recipe import nearest
@@ -44,8 +44,8 @@ STATISTICS = ("show_cnt", "play_cnt", "complete_play_cnt", "long_time_play_cnt",
 class KuaiRand(InteractionData):
     """Impressions of the standard log: a label for each, a user's impressions with one history as one query.
 
-    Train is the log before ``test_from``, its latest share dev, test the log from there on. A history holds the
-    videos with a positive label that the user saw strictly earlier, after what is known from before the
+    Train is the log before ``test_from``, its latest share dev, test the log from there on. A history holds
+    the videos with a positive label that the user saw strictly earlier, after what is known from before the
     log. What is crossed or counted is so from strictly earlier impressions, those of the test time included.
 
     Args:
@@ -109,7 +109,7 @@ class KuaiRand(InteractionData):
         videos = self._videos()
         told = collect(videos.select("video_id", "author_id", "first_tag"), "videos")
         part = pl.when(pl.col("date") >= self.test_from).then(TEST).otherwise(TRAIN).cast(pl.UInt8)
-        rows = rows.with_columns(part.alias("part"), hour=pl.col("hourmin") // 100)
+        rows = rows.with_columns(part.alias(PART), hour=pl.col("hourmin") // 100)
         rows = rows.with_columns(play_share=pl.col("play_time_ms") / pl.col("duration_ms").clip(1))
         rows = rows.with_columns(_so_far(rows, told, self.target))
         return Tables(
@@ -224,11 +224,11 @@ def _privileged(groups: Sequence[str]) -> list[Feature]:
 
 
 def _so_far(rows: polars.DataFrame, videos: polars.DataFrame, target: str) -> list[polars.Series]:
-    """Counts and rates of the target before each impression, by user, video, author, tag and their crossings."""
+    """Counts and rates of the target before each impression, of each key that is counted or crossed."""
     pl = need_polars()
     joined = rows.select("user_id", "video_id").join(videos, on="video_id", how="left", maintain_order="left")
     times, labels = rows["time_ms"].to_numpy(), rows[target].to_numpy()
-    train = rows["part"].to_numpy() == TRAIN
+    train = rows[PART].to_numpy() == TRAIN
     mean = float(labels[train].mean()) if train.any() else 0.0
     columns = {"user": "user_id", "video": "video_id", "author": "author_id", "tag": "first_tag"}
     code = {

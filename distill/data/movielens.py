@@ -13,7 +13,7 @@ from distill.data.frames import collect, columns_of, need_polars
 from distill.data.interaction_log import TEST, TRAIN
 from distill.data.interaction_prepare import Settings
 from distill.data.interaction_source import Law
-from distill.data.interaction_tables import Tables
+from distill.data.interaction_tables import PART, Tables
 from distill.data.interactions import InteractionData
 from distill.errors import DataError
 
@@ -24,7 +24,27 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("distill")
 
-GENRES_100K = ["unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"]
+GENRES_100K = [
+    "unknown",
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children's",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+    "Film-Noir",
+    "Horror",
+    "Musical",
+    "Mystery",
+    "Romance",
+    "Sci-Fi",
+    "Thriller",
+    "War",
+    "Western",
+]
 USER_FIELDS = ("gender", "age", "occupation", "zip")
 
 
@@ -215,20 +235,20 @@ def _with_times(ratings: polars.LazyFrame, archive: Archive) -> polars.LazyFrame
 
 
 def _without_times(archive: Archive, at_least: float | None) -> Tables:
-    """Pairs without times, with the test pairs and their 99 negatives; of the stars only whether 3 or more."""
+    """Pairs without times, with test pairs and their 99 negatives; of the stars only whether 3 or more."""
     pl = need_polars()
     pairs = archive.parquet("interactions.parquet")
     if at_least is not None and at_least != 3:
         raise DataError(
-            f"{archive.place('interactions.parquet')}: this copy says of a rating only whether it is 3 or more; "
-            f"at_least must be 3 or left out, or take the original archive."
+            f"{archive.place('interactions.parquet')}: this copy says of a rating only whether it is 3 or "
+            f"more; at_least must be 3 or left out, or take the original archive."
         )
     columns_of(pairs, archive.place("interactions.parquet"))
     ratings = pairs.select(
         user_id="UserID",
         movie_id="MovieID",
         rating=pl.col("rating_ge3").cast(pl.Float64) * 3,
-        part=pl.when("is_test").then(TEST).otherwise(TRAIN).cast(pl.UInt8),
+        **{PART: pl.when("is_test").then(TEST).otherwise(TRAIN).cast(pl.UInt8)},
     )
     if at_least is not None:
         ratings = ratings.drop_nulls()

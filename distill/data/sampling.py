@@ -20,7 +20,7 @@ log = logging.getLogger("distill")
 
 
 def positive_counts(judged: Judged) -> Tensor:
-    """How often each candidate is listed as a positive: [candidates] int64; what is equal counts as the first."""
+    """How often each candidate is listed as a positive: [candidates] int64; equal ones count as the first."""
     listed = judged.listed.values
     if judged.labels is not None:
         listed = listed[judged.labels > 0]
@@ -31,7 +31,7 @@ class Weighted(Negatives):
     """Draws candidates by weights that a subclass computes from how often train lists them as positives."""
 
     def weights(self, counts: Tensor) -> Tensor:
-        """Weights [n] float64, at least one above 0, of n distinct candidates that occur ``counts`` [n] times."""
+        """Weights [n] float64, not all 0, of n distinct candidates that occur ``counts`` [n] times."""
         raise NotImplementedError
 
     def prepare(self, judged: Judged) -> None:
@@ -74,7 +74,7 @@ class PopularNegatives(Weighted):
 
 
 class LogUniformNegatives(Weighted):
-    r"""Candidates drawn by rank of popularity r = 0, 1, ...: :math:`[\log(r + 2) - \log(r + 1)] / \log(N + 1)`.
+    r"""Candidates drawn by rank r = 0, 1, ... of popularity: :math:`\log\frac{r + 2}{r + 1} / \log(N + 1)`.
 
     Every candidate can be drawn. Equal counts are ranked by row.
 
@@ -131,8 +131,8 @@ class ExposedNegatives(Negatives):
             raise ValueError(NO_IMPRESSIONS)
         self.users: Tensor = judged.queries.rows  # type: ignore[attr-defined]
         log.warning(
-            "ExposedNegatives: what was shown and not taken is no sample of the catalogue that serving searches. "
-            "Mix it with RandomNegatives or MixedNegatives, and measure the whole catalogue."
+            "ExposedNegatives: what was shown and not taken is no sample of the catalogue that serving "
+            "searches. Mix it with RandomNegatives or MixedNegatives, and measure the whole catalogue."
         )
 
     def draw(self, query_rows: Tensor, generator: torch.Generator) -> Tensor:

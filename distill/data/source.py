@@ -234,7 +234,7 @@ class JudgedSource(Source):
         return [sampler for sampler in self.negatives if not sampler.background]
 
     def _drawn(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """What the samplers draw for each query [B, M], the first row of each text, and what may be listed."""
+        """What the samplers draw for each query [B, M], the first row of each text; what may be listed."""
         drawn = torch.cat([sampler.draw(rows, generator) for sampler in self.listing], dim=1)
         real = drawn >= 0
         drawn = torch.where(real, self.candidates.same[drawn.clamp(min=0)], 0)
