@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distill.batch import Batch
-from distill.outputs import Needs, Outputs
+from distill.outputs import Needs, Outputs, Said
+from distill.tokens import Tokens
 
 Ask = Callable[[Batch, Needs], Outputs]
 
@@ -31,10 +33,13 @@ def cached(ask: Ask, device: torch.device) -> Ask:
     """
 
     def ask_and_forget(batch: Batch, needs: Needs) -> Outputs:
-        names: list[str] = []
+        told: dict[str, Said] = {}
         anchor = torch.zeros((), requires_grad=True)  # so that there is a backward
-        values = _Cached.apply(anchor, lambda: ask(batch, needs), names, device)
-        return Outputs(**dict(zip(names, values, strict=True)))
+        values = _Cached.apply(anchor, lambda: ask(batch, needs), told, device)
+        said = zip(told.items(), values, strict=True)
+        return Outputs().with_(
+            **{f: replace(kind, values=v) if isinstance(kind, Tokens) else v for (f, kind), v in said}
+        )
 
     return ask_and_forget
 
@@ -42,26 +47,27 @@ def cached(ask: Ask, device: torch.device) -> Ask:
 class _Cached(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, answer: Callable[[], Outputs], names: list[str], device: torch.device
+        ctx: Any, anchor: Tensor, answer: Callable[[], Outputs], told: dict[str, Said], device: torch.device
     ) -> tuple[Tensor, ...]:
         ctx.answer, ctx.device, ctx.random = answer, device, _random_state(device)
         with torch.enable_grad():  # though its graph is dropped: kernels choose by it, and draw by it
-            said = dict(answer().given())
-        names += said
-        return tuple(value.detach() for value in said.values())
+            told |= {name: value.detach() for name, value in answer().given()}
+        return tuple(map(_values, told.values()))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
         with _drawing_again(ctx.random, ctx.device), torch.enable_grad():
-            said = dict(ctx.answer().given())
+            said = [_values(value) for _, value in ctx.answer().given()]
         learnt = [
-            (value, gradient)
-            for value, gradient in zip(said.values(), gradients, strict=True)
-            if value.requires_grad
+            (value, gradient) for value, gradient in zip(said, gradients, strict=True) if value.requires_grad
         ]
         if learnt:
             torch.autograd.backward([value for value, _ in learnt], [gradient for _, gradient in learnt])
         return None, None, None, None
+
+
+def _values(said: Said) -> Tensor:
+    return said.values if isinstance(said, Tokens) else said
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

@@ -16,7 +16,7 @@ from distill.errors import RecipeError
 from distill.gradient_cache import cached
 from distill.model import Model
 from distill.objectives.base import Loss, Objective
-from distill.outputs import ROWWISE, Needs, Outputs
+from distill.outputs import OF_TOKENS, ROWWISE, Needs, Outputs
 from distill.pieces import in_pieces
 from distill.processes import world
 
@@ -188,10 +188,12 @@ class DistillationGraph(nn.Module):
         said: dict[str, Outputs] = {}
         for name, needs in asked.items():
             node, stored = self.nodes[name], batch.stored.get(name)
+            known = Outputs()
             if stored is not None and stored.known is None and name not in self.trained:
-                known = dict(stored.given()).keys()
-                if needs.fields <= known or node.represents(needs).fields <= known:
-                    said[name] = stored
+                known = stored
+                needs = _unanswered(node, needs, known)
+                if not needs:
+                    said[name] = known
                     continue
             view = batch.view(*node.reads.keys)
             with torch.set_grad_enabled(torch.is_grad_enabled() and name in self.trained):
@@ -200,6 +202,7 @@ class DistillationGraph(nn.Module):
                         said[name] = node.represent_of({n: said[n] for n in node.of}, view, needs)
                 else:
                     said[name] = self._represent(node, view, needs)
+            said[name] = said[name].with_(**dict(known.given()))
         return said
 
     def _represent(self, node: Model, batch: Batch, needs: Needs) -> Outputs:
@@ -220,7 +223,7 @@ class DistillationGraph(nn.Module):
         if not missing:
             return outputs
         with torch.set_grad_enabled(torch.is_grad_enabled() and name in self.trained):
-            return self.nodes[name].compare(outputs, batch, Needs(*missing))
+            return self.nodes[name].compare(outputs, batch, needs.only(missing))
 
     @staticmethod
     def _heard(arrow: Arrow, said: Mapping[str, Outputs], batch: Batch) -> Outputs | None:
@@ -321,6 +324,7 @@ class DistillationGraph(nn.Module):
                     f"({type(self.nodes[name]).__name__}) provides only {', '.join(sorted(provides))}. "
                     f"Choose a {side} that provides it, or take this arrow out of the recipe."
                 )
+        yield from self._token_problems(arrow, where)
         if arrow.tail is not None and not objective.teacher_needs:
             yield f"{where}.from: {kind} hears no teacher, only labels; remove `from`."
         for name in arrow.data or ():
@@ -333,6 +337,20 @@ class DistillationGraph(nn.Module):
                 f"limit the arrow with `data: [...]` to those that have."
             )
         yield from self._weight_problems(where, arrow.weight)
+
+    def _token_problems(self, arrow: Arrow, where: str) -> Iterable[str]:
+        """Tokens are matched by their place in ids, which both ends must have cut alike."""
+        needs = (arrow.objective.student_needs, arrow.objective.teacher_needs)
+        ends = [self.nodes.get(name or "") for name in (arrow.head, arrow.tail)]
+        if ends[0] is None or ends[1] is None or not all(one.fields & OF_TOKENS for one in needs):
+            return
+        head, tail = (end.reads.keys[:2] for end in ends if end is not None)
+        if head != tail:
+            yield (
+                f"{where}: {type(arrow.objective).__name__} matches tokens of '{arrow.tail}' and "
+                f"'{arrow.head}', which cut texts into different ids: their tokenizers or prompts differ. "
+                f"Take checkpoints of one tokenizer, and set the prompts of '{arrow.head}' to \"\"."
+            )
 
     @staticmethod
     def _weight_problems(where: str, weight: Weight) -> Iterable[str]:
@@ -352,6 +370,13 @@ class DistillationGraph(nn.Module):
             yield f"{where}.weight: the progress of the points {weight} must rise within 0 to 1."
         if all(value == 0 for _, value in points):
             yield f"{where}.weight: it is 0 all the time, so the arrow never opens; remove it."
+
+
+def _unanswered(node: Model, needs: Needs, known: Outputs) -> Needs:
+    """What a node must still be asked to represent when some of it is known."""
+    there = dict(known.given()).keys()
+    left = needs.only(needs.fields - there)
+    return needs.only(node.represents(left).fields - there) if left else left
 
 
 def _said_without(arrow: Arrow, name: str | None) -> frozenset[str]:

@@ -57,7 +57,10 @@ class Model(nn.Module, ABC):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The last axis of fields whose size is known: what an objective's parameters are made for."""
+        """The last axis of fields whose size is known: what an objective's parameters are made for.
+
+        Where attention is provided also ``layers`` and ``heads``.
+        """
         return {}
 
     def fit(self, source: JudgedSource) -> None:
@@ -88,7 +91,7 @@ class Model(nn.Module, ABC):
 class Encoder(Model):
     """A model whose candidates are encoded once, and searched in an index."""
 
-    search: ClassVar[str] = "dot"  # how its vectors are compared
+    search: ClassVar[str] = "dot"  # how its vectors are compared: "dot", or "maxsim" of token vectors
 
     @property
     @abstractmethod
@@ -105,14 +108,14 @@ class Encoder(Model):
 
     def represents(self, needs: Needs) -> Needs:
         pairwise = needs.fields & {"scores", "in_batch"}
-        return Needs(
-            *(needs.fields - {"scores", "in_batch"}), *(("queries", "candidates") if pairwise else ())
+        return needs.only(
+            (needs.fields - {"scores", "in_batch"}) | ({"queries", "candidates"} if pairwise else set())
         )
 
     @abstractmethod
-    def encode_queries(self, queries: Sequence[Any], progress: bool = False) -> Tensor:
-        """Vectors [n, D] float32 on the CPU, of n raw queries."""
+    def encode_queries(self, queries: Sequence[Any], progress: bool = False) -> Any:
+        """Vectors [n, D] float32 on the CPU, of n raw queries; by "maxsim" a Ragged of n rows of them."""
 
     @abstractmethod
-    def encode_candidates(self, candidates: Sequence[Any], progress: bool = False) -> Tensor:
-        """Vectors [n, D] float32 on the CPU, of n raw candidates."""
+    def encode_candidates(self, candidates: Sequence[Any], progress: bool = False) -> Any:
+        """Vectors [n, D] float32 on the CPU, of n raw candidates; by "maxsim" a Ragged of n rows of them."""

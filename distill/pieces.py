@@ -6,7 +6,7 @@ answers put together. Next: ``processes.py``, ``gradient_cache.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from distill.batch import Batch
 from distill.gradient_cache import Ask
-from distill.outputs import AXES, ROWWISE, Needs, Outputs
+from distill.outputs import AXES, ROWWISE, Needs, Outputs, Said
 from distill.processes import gather_shares, share
+from distill.tokens import Tokens
 
 if TYPE_CHECKING:
     from distill.graph import DistillationGraph
@@ -31,14 +32,14 @@ def in_pieces(ask: Ask, batch: Batch, fields: Needs, rows: int | None = None) ->
         fields: What ``represent`` fills, each of ``ROWWISE``.
         rows: The most queries, candidates or pairs of a piece; None: all of the share.
     """
-    apart = Needs(*(f for f in fields.fields if AXES[f] != "pair"))
-    pairs = Needs(*(f for f in fields.fields if AXES[f] == "pair"))
+    apart = fields.only(f for f in fields.fields if AXES[f] != "pair")
+    pairs = fields.only(f for f in fields.fields if AXES[f] == "pair")
     said = _apart(ask, batch, apart, rows) if apart else {}
-    return Outputs(**said, **(_pairs(ask, batch, pairs, rows) if pairs else {}))
+    return Outputs().with_(**said, **(_pairs(ask, batch, pairs, rows) if pairs else {}))
 
 
-def _apart(ask: Ask, batch: Batch, fields: Needs, rows: int | None) -> dict[str, Tensor]:
-    """Fields along queries or candidates: [B, ...] or [P, ...]."""
+def _apart(ask: Ask, batch: Batch, fields: Needs, rows: int | None) -> dict[str, Said]:
+    """Fields along queries or candidates: B or P rows."""
     sizes = {"query": batch.sizes[0], "candidate": batch.sizes[2]}
     wanted = {AXES[f] for f in fields.fields}
     device = batch.mask.device
@@ -53,19 +54,19 @@ def _apart(ask: Ask, batch: Batch, fields: Needs, rows: int | None) -> dict[str,
             (none, part) for part in candidates.split(rows)
         ]
         pieces = [piece for piece in cut if len(piece[0]) or len(piece[1])] or cut[:1]
-    parts: dict[str, list[Tensor]] = {f: [] for f in sorted(fields.fields)}  # all gather in one order
+    parts: dict[str, list[Said]] = {f: [] for f in sorted(fields.fields)}  # all gather in one order
     for piece in pieces:
         answer = dict(ask(batch.select(*piece), fields).given())
         for f in parts:
             parts[f].append(answer[f])
-    return {f: gather_shares(torch.cat(part), sizes[AXES[f]]) for f, part in parts.items()}
+    return {f: _joined(part, sizes[AXES[f]]) for f, part in parts.items()}
 
 
-def _pairs(ask: Ask, batch: Batch, fields: Needs, rows: int | None) -> dict[str, Tensor]:
-    """Fields along listed pairs: [B, N, ...], 0 where nothing is listed."""
+def _pairs(ask: Ask, batch: Batch, fields: Needs, rows: int | None) -> dict[str, Said]:
+    """Fields along listed pairs: [B, N, ...], 0 or without tokens where nothing is listed."""
     query, place = batch.mask.nonzero(as_tuple=True)
     mine = torch.arange(len(query), device=query.device)[share(len(query))]
-    parts: dict[str, list[Tensor]] = {f: [] for f in sorted(fields.fields)}  # all gather in one order
+    parts: dict[str, list[Said]] = {f: [] for f in sorted(fields.fields)}  # all gather in one order
     for piece in mine.split(rows or max(1, len(mine))):
         q, c = query[piece], batch.index[query[piece], place[piece]]
         q, row = q.unique(return_inverse=True)
@@ -74,13 +75,33 @@ def _pairs(ask: Ask, batch: Batch, fields: Needs, rows: int | None) -> dict[str,
         mask[row, place[piece]] = True
         answer = dict(ask(replace(part, mask=mask), fields).given())
         for f in parts:
-            parts[f].append(answer[f][row, place[piece]])
+            value = answer[f]
+            if isinstance(value, Tokens):
+                parts[f].append(value.select(row * mask.shape[1] + place[piece]))
+            else:
+                parts[f].append(value[row, place[piece]])
 
-    def listed(values: Tensor) -> Tensor:
+    def listed(values: Said) -> Said:
+        if isinstance(values, Tokens):
+            return values.among(query * batch.mask.shape[1] + place, batch.mask.numel())
         full = values.new_zeros(*batch.mask.shape, *values.shape[1:])
         return full.index_put((query, place), values)
 
-    return {f: listed(gather_shares(torch.cat(part), len(query))) for f, part in parts.items()}
+    return {f: listed(_joined(part, len(query))) for f, part in parts.items()}
+
+
+def _joined(parts: Sequence[Said], n: int) -> Said:
+    """The rows of all pieces, and of all processes: n in all."""
+    if not isinstance(parts[0], Tokens):
+        return gather_shares(torch.cat([part for part in parts if isinstance(part, Tensor)]), n)
+    tokens = Tokens.stack([part for part in parts if isinstance(part, Tokens)])
+    lengths = gather_shares(tokens.lengths, n)
+    return replace(
+        tokens,
+        values=gather_shares(tokens.values, n, lengths),
+        offsets=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+        places=gather_shares(tokens.places, n, lengths),
+    )
 
 
 def piece_problems(graph: DistillationGraph, cached: bool, several: bool) -> Iterator[str]:

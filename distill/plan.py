@@ -20,6 +20,7 @@ from distill.model import Encoder, Model
 from distill.nn.text_encoder import without_weights
 from distill.nn.tokenizer import TextColumn
 from distill.optimizer import rate_problems
+from distill.outputs import STORABLE, Needs
 from distill.pieces import piece_problems
 from distill.processes import world
 from distill.recipe import nearest
@@ -124,6 +125,7 @@ class Plan:
                     f"{what if apart else 'pairs'} a batch, each read twice, about a third more compute"
                 )
             return
+        apart = apart and node.represents(Needs("scores")).fields <= STORABLE  # else its scores are kept
         known = "" if judged is None else f"; {judged:,} of them are judged already"
         given = name in source.scored
         if apart and (not given or source.negatives):

@@ -18,12 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distill.batch import Ragged
 from distill.errors import RunError
 
 PATIENCE = timedelta(hours=24)  # for one that works alone; a dead one is noticed at once
 BUCKET = 2**24  # values that are summed at a time
 
 T = TypeVar("T")
+R = TypeVar("R", Tensor, Ragged)
 
 
 class LostProcess(RunError):
@@ -95,44 +97,62 @@ def gather(rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(rows.device)
 
 
-def gather_shares(rows: Tensor, n: int) -> Tensor:
+def gather_shares(rows: Tensor, n: int, lengths: Tensor | None = None) -> Tensor:
     """The n rows of which each process has its ``share``: [n, ...], with gradient.
 
     Every process goes on to compute the whole loss, so what it finds for its own rows is their gradient;
     it counts ``world()`` times, as each trains on that part of the loss only.
+
+    Args:
+        rows: This process's.
+        n: How many there are in all.
+        lengths: Where a row is several of ``rows``, how many each of the n is [n].
     """
-    return rows if world() == 1 else _Gathered.apply(rows, n)
+    if world() == 1:
+        return rows
+    shares = [share(n, of) for of in range(world())]
+    sizes = [_length(part) if lengths is None else int(lengths[part].sum()) for part in shares]
+    return _Gathered.apply(rows, sizes)
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, n: int) -> Tensor:
-        ctx.mine = share(n)
-        return gather(rows, [_length(share(n, of)) for of in range(world())])
+    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
+        start = sum(sizes[: rank()])
+        ctx.mine = slice(start, start + sizes[rank()])
+        return gather(rows, sizes)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0][ctx.mine] * world(), None
 
 
-def in_shares(work: Callable[[Any], Tensor], given: Any) -> Tensor:
+def in_shares(work: Callable[[Any], R], given: Any) -> R:
     """``work(given)``, a row for each of a list or Tensor: all processes do their share and have all."""
     if world() == 1:
         return work(given)
-    n = len(given)
-    return gather(work(given[share(n)]), [_length(share(n, of)) for of in range(world())])
+    said = work(given[share(len(given))])
+    if isinstance(said, Ragged):
+        return Ragged.of_lengths(gather(said.values), gather(said.lengths))
+    return gather(said)
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Sum the gradients over all processes, in place; where a process has none it counts as zero.
 
-    A parameter without a gradient on any process keeps none: no optimiser moves it.
+    A parameter without a gradient on any process keeps none: no optimiser moves it. Of sparse gradients only
+    the rows that some process has are sent.
     """
     if world() == 1:
         return
-    there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=_device())
+    none, dense, sparse = range(3)
+    kinds = [none if p.grad is None else sparse if p.grad.is_sparse else dense for p in parameters]
+    there = torch.tensor(kinds, dtype=torch.int32, device=_device())
     _together(dist.all_reduce, there, dist.ReduceOp.MAX)
-    learnt = [p for p, some in zip(parameters, there.tolist(), strict=True) if some]
+    kinds = there.tolist()
+    for p in [p for p, kind in zip(parameters, kinds, strict=True) if kind == sparse]:
+        p.grad = _summed_rows(p)
+    learnt = [p for p, kind in zip(parameters, kinds, strict=True) if kind == dense]
     while learnt:
         size, bucket = 0, list[nn.Parameter]()
         while learnt and (not bucket or size + learnt[0].numel() <= BUCKET):
@@ -142,6 +162,16 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
         _together(dist.all_reduce, flat)
         for p, gradient in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             p.grad = gradient.view_as(p)
+
+
+def _summed_rows(parameter: nn.Parameter) -> Tensor:
+    """The sum of all processes' sparse gradients of a table [rows, D]."""
+    rows, values = torch.empty(0, dtype=torch.int64), parameter.new_empty(0, *parameter.shape[1:])
+    if parameter.grad is not None:
+        own = parameter.grad.coalesce()
+        rows, values = own.indices()[0], own.values()
+    rows, values = gather(rows.to(_device())), gather(values)
+    return torch.sparse_coo_tensor(rows[None], values, parameter.shape, check_invariants=False).coalesce()
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from distill.errors import DataError, RecipeError, RunError
 from distill.evaluation import Evaluation, evaluate_reference
 from distill.evaluation.significance import CONFIDENCE, compare
 from distill.graph import DistillationGraph
+from distill.hub.card import Kind, model_card
 from distill.hub.files import atomic_write_text
 from distill.lock import LOCK, only_run_in
 from distill.measure import entry_of, measure, why_not
@@ -343,13 +344,11 @@ class _Run:
         return {"metric": metric, "confidence": CONFIDENCE, "of": of, **found._asdict()}
 
     def _card(self, measures: Mapping[str, Mapping[str, Any]], model: Model) -> str:
-        from distill.hub import model_card
-
         recipe = self.recipe
         base = recipe.models[recipe.keep].get("checkpoint")
         return model_card(
             recipe.name,
-            "encoder" if isinstance(model, Encoder) else "cross_encoder",
+            _kind_of(model),
             recipe.model_dump(mode="json"),
             recipe.keep,
             {name: entry["metrics"] for name, entry in measures.items() if "metrics" in entry},
@@ -357,6 +356,15 @@ class _Run:
             dataset=" ".join(self.measured) if self.measured else "",
             base_model=base if isinstance(base, str) else None,
         )
+
+
+def _kind_of(model: Model) -> Kind:
+    """What a model card calls it."""
+    if hasattr(model, "features"):
+        return "recommender"
+    if not isinstance(model, Encoder):
+        return "cross_encoder"
+    return "multi_vector" if model.search == "maxsim" else "encoder"
 
 
 def _empty(folder: Path) -> None:

@@ -22,7 +22,7 @@ from distill.data.source import JudgedSource, Source
 from distill.errors import RunError
 from distill.graph import DistillationGraph
 from distill.model import Model
-from distill.outputs import AXES, Needs, Outputs
+from distill.outputs import AXES, JOINT, STORABLE, Needs, Outputs
 from distill.paths import store_folder
 from distill.processes import any_of, gather, is_first, of_each, rank, world
 from distill.store_files import Precision, Signal, Teacher, pair_keys, signal_folder
@@ -108,13 +108,13 @@ class TeacherMemory:
         arrows = [arrow for arrow in graph.arrows if arrow.data is None or source_name in arrow.data]
         for name, needs in graph.asked(arrows).items():
             node = graph.nodes[name]
-            if name in graph.trained or node.of or "in_batch" in node.represents(needs):
+            if name in graph.trained or node.of:
                 continue
             if name in source.scored and not source.negatives:  # then every score comes with the data
-                wanted = node.represents(Needs(*(needs.fields - {"scores"})))
-            else:
-                wanted = node.represents(needs)
-            yield Listener(name, node, source_name, source, self._signals_of(name, node, wanted))
+                needs = needs.only(needs.fields - {"scores"})
+            wanted = _stored_of(node, needs)
+            if wanted is not None:
+                yield Listener(name, node, source_name, source, self._signals_of(name, node, wanted))
 
     def _signals_of(self, name: str, node: Model, wanted: Needs) -> dict[str, Signal]:
         if wanted and name not in self.teachers:
@@ -195,6 +195,8 @@ class TeacherMemory:
         batch = batch.to(node.device).view(*node.reads.keys)
         with self.graph.autocast():
             answer = node.represent(batch, Needs(*signal.fields))
+        if missing := set(signal.fields) - dict(answer.given()).keys():
+            answer = node.compare(answer, batch, Needs(*missing))
         values = {f: getattr(answer, f).float() for f in signal.fields}
         if axis == "pair":
             values = {f: value[batch.mask] for f, value in values.items()}
@@ -324,6 +326,19 @@ class RecalledBatches:
             batches = self.memory.recall_all([self.source.batch(epoch, s) for s in steps])
             self._made = {(epoch, s): batch for s, batch in zip(steps, batches, strict=True)}
         return self._made[epoch, step]
+
+
+def _stored_of(node: Model, needs: Needs) -> Needs | None:
+    """Which answers of a node are kept: what it represents, or where that is too large, what follows from it.
+
+    None: all is asked with its batch, as nothing would be saved.
+    """
+    heavy = node.represents(needs)
+    if heavy.fields <= STORABLE:
+        return heavy
+    if "in_batch" in needs or (needs.fields & JOINT and needs.first is None):
+        return None
+    return needs.only(needs.fields & STORABLE) or None
 
 
 def _in_turns(questions: Sequence[Question]) -> Iterator[Sequence[Question]]:

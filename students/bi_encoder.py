@@ -31,9 +31,16 @@ from distill.nn.text_encoder import (
     load_backbone,
 )
 from distill.nn.tokenizer import TextColumn, TextTokenizer
-from distill.outputs import Needs, Outputs
+from distill.outputs import Needs, Outputs, Said
+from distill.tokens import Tokens
 
 Pooling = Literal["mean", "cls", "lasttoken"]
+
+KINDS = {  # what a tower says of a text, and the fields of Outputs that hold it for each side
+    "vectors": ("queries", "candidates"),
+    "tokens": ("query_tokens", "candidate_tokens"),
+    "attention": ("query_attention", "candidate_attention"),
+}
 
 
 class BiEncoder(Encoder):
@@ -43,7 +50,9 @@ class BiEncoder(Encoder):
     not given is taken from the checkpoint where it says so (a sentence-transformers folder), else mean
     pooling and normalised vectors.
 
-    Provides ``queries`` [B, D], ``candidates`` [P, D], ``scores`` [B, N] and ``in_batch`` [B, P].
+    Provides ``queries`` [B, D], ``candidates`` [P, D], ``scores`` [B, N] and ``in_batch`` [B, P]; from the
+    same forward the vectors of all tokens before pooling (``query_tokens``, ``candidate_tokens``) and,
+    where the transformer lets one listen, ``query_attention`` and ``candidate_attention``.
 
     Args:
         checkpoint: Hub name, folder, or ``package:NAME/FOLDER``.
@@ -145,7 +154,19 @@ class BiEncoder(Encoder):
 
     @property
     def provides(self) -> frozenset[str]:
-        return frozenset({"queries", "candidates", "scores", "in_batch"})
+        heard = {"query_attention", "candidate_attention"} if "layers" in self.sizes else set()
+        vectors = {"queries", "candidates", "query_tokens", "candidate_tokens"}
+        return frozenset({*vectors, *heard, "scores", "in_batch"})
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        hidden = {
+            f"{side}_tokens": tower.encoder.backbone.config.hidden_size
+            for side, tower in (("query", self.query_tower), ("candidate", self.candidate_tower))
+        }
+        heard = self.query_tower.encoder.attention_sizes
+        alike = heard == self.candidate_tower.encoder.attention_sizes
+        return {**super().sizes, **hidden, **(heard if alike else {})}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -173,16 +194,34 @@ class BiEncoder(Encoder):
 
     def represent(self, batch: Batch, needs: Needs) -> Outputs:
         wanted = self.represents(needs)
-        queries = self._framed_queries(batch.queries[self._query_column.key])
-        candidates = self._framed_candidates(batch.candidates[self._candidate_column.key])
-        if "candidates" not in wanted:
-            return Outputs(queries=self.query_tower(queries))
-        if "queries" not in wanted:
-            return Outputs(candidates=self.candidate_tower(candidates))
-        if self.query_tower is not self.candidate_tower:
-            return Outputs(queries=self.query_tower(queries), candidates=self.candidate_tower(candidates))
-        vectors = self.query_tower(Ragged.stack([queries, candidates]))  # one pass: fewer, fuller chunks
-        return Outputs(queries=vectors[: len(queries)], candidates=vectors[len(queries) :])
+        towers = (self.query_tower, self.candidate_tower)
+        texts = (batch.queries[self._query_column.key], batch.candidates[self._candidate_column.key])
+        lengths = (self.query_max_length, self.max_length)
+        sides = [i for i in (0, 1) if any(fields[i] in wanted for fields in KINDS.values())]
+        framed = {i: towers[i].encoder.tokenizer.frame(texts[i], lengths[i]) for i in sides}
+        kinds = [kind for kind, fields in KINDS.items() if wanted.fields & {*fields}]
+        places = {
+            i: towers[i].encoder.tokenizer.places(texts[i], lengths[i]) for i in sides if kinds != ["vectors"]
+        }
+        layers = sorted(wanted.layers)
+        said: dict[int, dict[str, Said]] = {}
+        if len(sides) == 2 and towers[0] is towers[1]:  # one pass: fewer, fuller chunks
+            both = towers[0].read(
+                Ragged.stack([framed[0], framed[1]]),
+                torch.cat([places[0], places[1]]) if places else None,
+                kinds,
+                layers,
+            )
+            n = len(texts[0])
+            said = {
+                0: {kind: _rows(value, slice(0, n)) for kind, value in both.items()},
+                1: {kind: _rows(value, slice(n, n + len(texts[1]))) for kind, value in both.items()},
+            }
+        else:
+            said = {i: towers[i].read(framed[i], places.get(i), kinds, layers) for i in sides}
+        return Outputs().with_(
+            **{KINDS[kind][i]: said[i][kind] for i in sides for kind in kinds if KINDS[kind][i] in wanted}
+        )
 
     def compare(self, outputs: Outputs, batch: Batch, needs: Needs) -> Outputs:
         if not needs.fields & {"scores", "in_batch"}:
@@ -278,14 +317,47 @@ class Tower(nn.Module):
 
     def forward(self, ids: Ragged) -> Tensor:
         """Vectors [n, D] float32 of n framed texts."""
-        if not len(ids):
-            return torch.zeros(0, self.dim, device=next(self.parameters()).device)
-        pooled = self.encoder(
-            ids, None, lambda output, mask: pool(output.last_hidden_state, mask, self.pooling)
-        )
-        with torch.autocast(pooled.device.type, enabled=False):
-            vectors = self.dense(pooled)
-            return F.normalize(vectors, dim=-1) if self.normalize else vectors
+        vectors = self.read(ids, None, ["vectors"])["vectors"]
+        assert isinstance(vectors, Tensor)
+        return vectors
+
+    def read(
+        self, ids: Ragged, places: Tensor | None, kinds: Sequence[str], layers: Sequence[int] = ()
+    ) -> dict[str, Said]:
+        """Of n framed texts from one forward: ``vectors`` [n, D], ``tokens``, ``attention``, as asked.
+
+        Args:
+            places: Of their tokens [T, 1]; needed for all but vectors.
+        """
+        rows = {"vectors": lambda output, mask: pool(output.last_hidden_state, mask, self.pooling)}
+        tokens = {"tokens": lambda output, mask: output.last_hidden_state}
+        if len(ids):
+            said = self.encoder.read(
+                ids,
+                rows=rows if "vectors" in kinds else None,
+                tokens=tokens if "tokens" in kinds else None,
+                layers=layers if "attention" in kinds else (),
+            )
+        else:
+            heard = self.encoder.no_attention(layers)
+            hidden = heard.new_zeros(0, self.encoder.backbone.config.hidden_size)
+            answers = {"vectors": hidden, "tokens": hidden, "attention": heard}
+            said = {kind: answers[kind] for kind in kinds}
+        answer: dict[str, Said] = {}
+        for kind, values in said.items():
+            if kind == "vectors":
+                with torch.autocast(values.device.type, enabled=False):
+                    vectors = self.dense(values)
+                    answer[kind] = F.normalize(vectors, dim=-1) if self.normalize else vectors
+            else:
+                assert places is not None
+                held, device = tuple(layers) if kind == "attention" else (), values.device
+                answer[kind] = Tokens(values, ids.offsets.to(device), places.to(device), held)
+        return answer
+
+
+def _rows(said: Said, rows: slice) -> Said:
+    return said.rows(rows) if isinstance(said, Tokens) else said[rows]
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:

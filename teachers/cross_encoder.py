@@ -24,6 +24,7 @@ from distill.nn.text_encoder import (
 )
 from distill.nn.tokenizer import TextColumn, TextTokenizer
 from distill.outputs import Needs, Outputs
+from distill.tokens import Tokens
 
 
 class CrossEncoder(Model):
@@ -34,7 +35,8 @@ class CrossEncoder(Model):
     fit. With one class the score is the raw logit, which keeps margins that a probability loses; with two
     it is the log-probability of class 1, as in monoBERT.
 
-    Provides ``scores`` [B, N] with one or two classes, ``classes`` [B, N, C] with two or more.
+    Provides ``scores`` [B, N] with one or two classes, ``classes`` [B, N, C] with two or more, and, where
+    the transformer lets one listen, ``joint_attention`` from the same forward.
 
     Args:
         checkpoint: Hub name, folder, or ``package:NAME/FOLDER``.
@@ -104,7 +106,12 @@ class CrossEncoder(Model):
 
     @property
     def provides(self) -> frozenset[str]:
-        return frozenset({1: {"scores"}, 2: {"scores", "classes"}}.get(self.classes, {"classes"}))
+        said = {1: {"scores"}, 2: {"scores", "classes"}}.get(self.classes, {"classes"})
+        return frozenset(said | ({"joint_attention"} if self.sizes else set()))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return self.encoder.attention_sizes
 
     @property
     def column(self) -> TextColumn:
@@ -126,10 +133,25 @@ class CrossEncoder(Model):
 
     def represent(self, batch: Batch, needs: Needs) -> Outputs:
         rows, places = batch.mask.nonzero(as_tuple=True)
-        key = self.column.key
-        logits = self._logits(
-            batch.queries[key].select(rows), batch.candidates[key].select(batch.index[rows, places])
-        )
+        key, layers = self.column.key, sorted(needs.layers)
+        queries = batch.queries[key].select(rows)
+        candidates = batch.candidates[key].select(batch.index[rows, places])
+        n = batch.mask.numel()
+        heard = torch.zeros_like(places, dtype=torch.bool)  # pairs whose attention is asked for
+        attention = None
+        if "joint_attention" in needs:
+            heard |= True if needs.first is None else places < needs.first
+            first = heard.nonzero()[:, 0]
+            logits, attention = self._heard(queries.select(first), candidates.select(first), layers)
+            attention = attention.among((rows * batch.mask.shape[1] + places)[first], n)
+        if needs.fields <= {"joint_attention"}:
+            return Outputs(joint_attention=attention)
+        if not heard.any():
+            logits = self._logits(queries, candidates)
+        elif not heard.all():
+            rest = (~heard).nonzero()[:, 0]
+            others = self._logits(queries.select(rest), candidates.select(rest))
+            logits = torch.cat([logits, others])[torch.cat([first, rest]).argsort()]
 
         def listed(said: Tensor) -> Tensor:  # [n, ...] -> [B, N, ...], 0 where nothing is listed
             full = said.new_zeros(*batch.mask.shape, *said.shape[1:])
@@ -139,6 +161,7 @@ class CrossEncoder(Model):
         return Outputs(
             classes=listed(logits) if "classes" in needs else None,
             scores=listed(self._scores(logits)) if "scores" in needs else None,
+            joint_attention=attention,
         )
 
     def _logits(self, queries: Ragged, candidates: Ragged) -> Tensor:
@@ -149,6 +172,21 @@ class CrossEncoder(Model):
             queries, candidates, self.max_length, self.query_max_length
         )
         return self.encoder(ids, types, lambda output, mask: output.logits)
+
+    def _heard(self, queries: Ragged, candidates: Ragged, layers: Sequence[int]) -> tuple[Tensor, Tokens]:
+        """Logits [n, C] and attention of n pairs of cached ids."""
+        lengths = (self.max_length, self.query_max_length)
+        ids, types = self.encoder.tokenizer.frame_pairs(queries, candidates, *lengths)
+        places = self.encoder.tokenizer.pair_places(queries, candidates, *lengths).to(self.device)
+        if len(queries):
+            said = self.encoder.read(ids, types, {"logits": lambda output, _: output.logits}, layers=layers)
+        else:
+            said = {
+                "attention": self.encoder.no_attention(layers),
+                "logits": self._logits(queries, candidates),
+            }
+        heard = Tokens(said["attention"], ids.offsets.to(self.device), places, tuple(layers))
+        return said["logits"], heard
 
     def _scores(self, classes: Tensor) -> Tensor:
         return classes[..., 0] if self.classes == 1 else classes.log_softmax(dim=-1)[..., 1]

@@ -25,6 +25,7 @@ from distill.evaluation.scoring import (
     score,
     score_listed,
     searched,
+    searches_tokens,
 )
 
 
@@ -73,7 +74,8 @@ def evaluate_model(
     the metrics is a weighted mean over users).
 
     Args:
-        model: An Encoder whose vectors are compared by dot product, or anything with ``score_pairs``.
+        model: An Encoder whose vectors are compared by dot product, or anything with ``score_pairs``; if it
+            has a vector per token, it searches by them.
         judged: The split; its labels are what is measured against.
         metrics: Names; see ``parse_metric`` for rankings and ``PAIR_METRICS`` for pairs.
         top_k: How deep to search for metrics without a cutoff, as MAP.
@@ -94,7 +96,7 @@ def evaluate_model(
         method = "listed candidates in order of score"
         pair = {name: column[entries] for name, column in judged.pair.items()}
         scores = score(model, judged, query, candidate, progress, pair)
-    elif can_search(model):
+    elif can_search(model) or searches_tokens(model):
         method = "exact search over all candidates" + (", seen left out" if judged.seen is not None else "")
         depth = plain.cutoff(metrics, default=top_k)
         query, candidate, scores = searched(model, judged, kept, depth, progress)

@@ -16,7 +16,8 @@ from distill.batch import Ragged
 from distill.data.bm25 import WORDS
 from distill.data.judged import Judged, Table, TextTable
 from distill.errors import DataError, RecipeError
-from distill.evaluation.search import search, top
+from distill.evaluation.search import search, search_maxsim, top
+from distill.model import Encoder
 from distill.processes import gather, in_shares, share
 
 
@@ -106,6 +107,11 @@ def pair_columns(model: Any) -> list[str]:
     return [column.key for column in getattr(getattr(model, "reads", None), "pair", ())]
 
 
+def searches_tokens(model: Any) -> TypeGuard[Encoder]:
+    """Whether it has a vector per token, to be searched by MaxSim."""
+    return isinstance(model, Encoder) and model.search == "maxsim"
+
+
 @contextmanager
 def serving(model: Any) -> Iterator[None]:
     """Without dropout and gradients; a model in training goes back to it."""
@@ -121,9 +127,9 @@ def serving(model: Any) -> Iterator[None]:
 
 
 def _encoded(
-    encode: Callable[..., Tensor], table: Table, rows: Tensor, progress: bool, model: VectorScorer
-) -> tuple[Tensor, Tensor]:
-    """Vectors [u, D] of the distinct ones of ``rows`` [T], and which of them each row is [T]."""
+    encode: Callable[..., Any], table: Table, rows: Tensor, progress: bool, model: VectorScorer
+) -> tuple[Any, Tensor]:
+    """Vectors, u rows, of the distinct ones of ``rows`` [T], and which of them each row is [T]."""
     distinct, place = torch.unique(rows, return_inverse=True)
     with serving(model):
         return in_shares(partial(encode, progress=progress), table.take(distinct)), place
@@ -148,12 +154,21 @@ def searched(
     )
     hidden = None
     if judged.seen is not None:  # queries with one content need not have seen the same
+        if searches_tokens(model):
+            raise RecipeError(
+                "a search by tokens cannot leave out what a query has seen; take another model."
+            )
         queries, place = queries[place], torch.arange(len(kept))
         seen = judged.seen if len(kept) == len(judged.seen) else judged.seen.select(kept)
         mine = share(len(kept))
         offsets = seen.offsets[mine.start : mine.stop + 1]
         hidden = _all_seen(Ragged(seen.values[offsets[0] : offsets[-1]], offsets - offsets[0]), groups)
-    scores, found = search(queries[share(len(queries))], vectors, depth, seen=hidden)
+    mine = share(len(queries))
+    if searches_tokens(model):
+        asked = cast(Ragged, queries).select(torch.arange(mine.start, mine.stop))
+        scores, found = search_maxsim(asked, cast(Ragged, vectors), depth)
+    else:
+        scores, found = search(queries[mine], vectors, depth, seen=hidden)
     scores, found = gather(scores)[place], gather(found)[place]
     there = found >= 0
     sizes = groups.lengths[found[there]]

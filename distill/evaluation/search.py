@@ -7,6 +7,7 @@ from torch import Tensor
 
 from distill.batch import Ragged
 from distill.errors import DataError
+from distill.maxsim import maxsim_all
 
 _BLOCK = 2**23  # scores held at a time
 
@@ -66,6 +67,25 @@ def search(
         rows.append(found[1])
     found = torch.cat(scores), torch.cat(rows)
     return found if seen is None else (found[0], found[1].masked_fill(found[0] == -torch.inf, -1))
+
+
+def search_maxsim(queries: Ragged, candidates: Ragged, k: int) -> tuple[Tensor, Tensor]:
+    """``search`` by MaxSim of token vectors, rows of [., D] each: scores and rows [n, min(k, m)]."""
+    _check_finite(queries.values, "query token")
+    _check_finite(candidates.values, "candidate token")
+    depth = min(k, len(candidates))
+    scores, rows = [torch.empty(0, depth)], [torch.empty(0, depth, dtype=torch.int64)]
+    for part in torch.arange(len(queries)).split(64):
+        asked = queries.select(part)
+        best, place = torch.empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.int64)
+        for chunk in torch.arange(len(candidates)).split(1024):
+            found, columns = top(maxsim_all(asked, candidates.select(chunk)), k)
+            best, place = torch.cat([best, found], dim=1), torch.cat([place, columns + chunk[0]], dim=1)
+            best, columns = top(best, k)  # of equal ones the earlier chunk's stand first
+            place = place.gather(1, columns)
+        scores.append(best)
+        rows.append(place)
+    return torch.cat(scores), torch.cat(rows)
 
 
 def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-NAME = "distill"  # of the attention, as `transformers` registers it
-
 
 class Dropout(nn.Module):
     """Dropout whose mask is drawn by a fast generator, seeded by torch's: a resumed run draws the same.
@@ -127,14 +125,7 @@ def keep_memory() -> None:
 
 
 def prepare_for_cpu(backbone: Any) -> None:
-    """Put this attention, dropout and layer norm into a transformer, where it lets one choose."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    if backbone.config._attn_implementation == "sdpa" and not getattr(backbone.config, "is_decoder", False):
-        AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, padding_mask)
-        backbone.set_attn_implementation(NAME)
+    """Put this dropout and layer norm into a transformer; its attention is chosen in ``attention.py``."""
     keep_memory()
     for parent in list(backbone.modules()):
         for name, child in parent.named_children():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from distill.batch import Ragged
 from distill.errors import RecipeError
 from distill.hub.checkpoint import position_limit
+from distill.nn.attention import by_token, can_listen, listening, use_attention
 from distill.nn.cpu_serving import in_streams, serving_copy
 from distill.nn.cpu_training import prepare_for_cpu
 from distill.nn.precision import native_bf16
@@ -25,7 +26,8 @@ CHUNK_TOKENS = 2048  # of a chunk on a CPU: its activations stay near the core
 
 NOT_ITS_ANSWERS = ("dtype", "torch_dtype", "transformers_version")  # of a configuration
 
-Head = Callable[[object, Tensor], Tensor]  # (output of the transformer for a chunk, mask [n, T]) -> [n, ...]
+# (output of the transformer for a chunk, mask [n, T]) -> [n, ...], or of each token -> [n, T, ...]
+Head = Callable[[Any, Tensor], Tensor]
 
 
 class TextEncoder(nn.Module):
@@ -45,6 +47,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, backbone: nn.Module, tokenizer: TextTokenizer, chunk_tokens: int | None = None):
         super().__init__()
+        use_attention(backbone)
         prepare_for_cpu(backbone)
         self.backbone: Any = backbone
         self.tokenizer = tokenizer
@@ -69,13 +72,49 @@ class TextEncoder(nn.Module):
                 f"{name} must be {allowed} ids for this checkpoint, special ones included; got {length}."
             )
 
+    @property
+    def attention_sizes(self) -> dict[str, int]:
+        """How many ``layers``, and ``heads`` in each, can be listened to; empty: none."""
+        config = self.backbone.config
+        if not can_listen(self.backbone):
+            return {}
+        return {"layers": config.num_hidden_layers, "heads": config.num_attention_heads}
+
+    def no_attention(self, layers: Sequence[int]) -> Tensor:
+        """The attention of no token: [0, l, 2, H, d]."""
+        config, device = self.backbone.config, next(self.backbone.parameters()).device
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return torch.zeros(0, len(layers), 2, heads, size, device=device)
+
     def forward(self, ids: Ragged, types: Ragged | None, head: Head) -> Tensor:
         """What ``head`` makes of each text: [n, ...] float32.
 
         Args:
-            ids: Framed ids, n texts of at least one id each.
+            ids: Framed ids, n > 0 texts of at least one id each.
             types: Segments, aligned with ids; None where the model has none.
             head: From the transformer's output for a chunk of m texts, and its mask [m, T], to [m, ...].
+        """
+        return self.read(ids, types, rows={"said": head})["said"]
+
+    def read(
+        self,
+        ids: Ragged,
+        types: Ragged | None = None,
+        rows: Mapping[str, Head] | None = None,
+        tokens: Mapping[str, Head] | None = None,
+        layers: Sequence[int] = (),
+        attended: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Several answers from one forward, by name.
+
+        Args:
+            ids: Framed ids, n > 0 texts of at least one id each, T in all.
+            types: Segments, aligned with ids; None where the model has none.
+            rows: Heads that answer for a text: [n, ...] float32.
+            tokens: Heads that answer for each token: [T, ...] float32, aligned with ids.
+            layers: Whose queries and keys are answered as ``attention``: [T, l, 2, H, d], aligned with ids.
+            attended: How many ids of each text, from the first, are attended to [n]; None: all.
         """
         device = next(self.backbone.parameters()).device
         chunks = self.cut(ids.lengths, self.chunk_tokens or (CHUNK_TOKENS if device.type == "cpu" else 65536))
@@ -83,17 +122,32 @@ class TextEncoder(nn.Module):
         backbone = self.backbone if learning or self.training else self._serving(device)
         embedded = self._embedded(ids.to(device)) if learning else None
 
-        def answer(chunk: tuple[Tensor, int]) -> Tensor:
-            output, mask = self._run(backbone, ids, types, chunk, embedded)
+        def answer(chunk: tuple[Tensor, int]) -> dict[str, Tensor]:
+            given, mask = self._given(ids, types, chunk, embedded, attended)
+            said = {}
+            if layers:
+                with listening(backbone, layers) as heard:
+                    output = backbone(**given)
+                real = mask.flatten().nonzero()[:, 0]
+                said["attention"] = by_token(heard, real)
+            else:
+                output = backbone(**given)
             with torch.autocast(mask.device.type, enabled=False):
-                return head(output, mask).float()
+                said |= {name: head(output, mask).float() for name, head in (rows or {}).items()}
+                said |= {name: head(output, mask)[mask].float() for name, head in (tokens or {}).items()}
+            return said
 
         if device.type == "cpu" and not torch.is_grad_enabled() and not self.training:
             parts = in_streams(answer, chunks)
         else:
             parts = [answer(chunk) for chunk in chunks]
-        order = torch.cat([rows for rows, _ in chunks]).to(device)
-        return torch.cat(parts)[order.argsort()]
+        order = torch.cat([rows for rows, _ in chunks])
+        back = {name: order.argsort().to(device) for name in rows or {}}
+        if layers or tokens:
+            places = Ragged(torch.arange(len(ids.values), device=order.device), ids.offsets.to(order.device))
+            by_text = places.select(order).values.argsort().to(device)
+            back |= {name: by_text for name in (*(tokens or {}), *(["attention"] if layers else []))}
+        return {name: torch.cat([p[name] for p in parts]).index_select(0, at) for name, at in back.items()}
 
     def _embedded(self, ids: Ragged) -> Tensor:
         """The word embeddings of all ids, and a last row of zeros, which pads."""
@@ -101,19 +155,22 @@ class TextEncoder(nn.Module):
         words = self.backbone.get_input_embeddings()(ids.values)
         return torch.cat([words, words.new_zeros(1, words.shape[-1])])
 
-    def _run(
+    def _given(
         self,
-        backbone: Any,
         ids: Ragged,
         types: Ragged | None,
         chunk: tuple[Tensor, int],
         embedded: Tensor | None,
-    ) -> tuple[object, Tensor]:
-        """What the transformer says of the texts of a chunk, and their mask [m, T]."""
+        attended: Tensor | None,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """What the transformer is given of the texts of a chunk, and which of it are real ids: [m, T]."""
         rows, length = chunk
         device = next(self.backbone.parameters()).device
         padded, mask = ids.select(rows).to(device).padded(self.tokenizer.pad_id, length)
-        given = {"attention_mask": mask.long()}
+        seen = mask
+        if attended is not None:
+            seen = torch.arange(length, device=device) < attended[rows].to(device)[:, None]
+        given = {"attention_mask": seen.long()}
         if embedded is None:
             given["input_ids"] = padded.long()
         else:
@@ -123,7 +180,7 @@ class TextEncoder(nn.Module):
             ]
         if types is not None:
             given["token_type_ids"] = types.select(rows).to(device).padded(0, length)[0].long()
-        return backbone(**given), mask
+        return given, mask
 
     def cut(self, lengths: Tensor, budget: int) -> list[tuple[Tensor, int]]:
         """Rows of each chunk, longest texts first, and the length they are padded to.

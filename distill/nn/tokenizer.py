@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,11 +100,19 @@ class TextTokenizer:
         """How many ids the frame of one text adds."""
         return sum(map(len, self._frames[0]))
 
-    def frame(self, texts: Ragged, max_length: int) -> Ragged:
-        """[CLS] text [SEP] in this tokenizer's words, at most ``max_length`` ids in all."""
+    def frame(self, texts: Ragged, max_length: int, marker: Sequence[int] = ()) -> Ragged:
+        """[CLS] marker text [SEP] in this tokenizer's words, at most ``max_length`` ids in all."""
         before, after = self._frames[0]
-        room = max_length - len(before) - len(after)
-        return Ragged.join([_ids(before), texts.truncate(room), _ids(after)])
+        room = max_length - len(before) - len(marker) - len(after)
+        return Ragged.join([_ids([*before, *marker]), texts.truncate(room), _ids(after)])
+
+    def places(self, texts: Ragged, max_length: int, marker: Sequence[int] = ()) -> Tensor:
+        """For each id that ``frame`` gives, its place in its text's ids, -1 outside: [T, 1]."""
+        before, after = self._frames[0]
+        room = max_length - len(before) - len(marker) - len(after)
+        outside = _outside([*before, *marker]), _outside(after)
+        parts: list[Ragged | Tensor] = [outside[0], _places(texts).truncate(room), outside[1]]
+        return Ragged.join(parts).values[:, None]
 
     def frame_pairs(
         self, first: Ragged, second: Ragged, max_length: int, max_first: int
@@ -113,9 +122,7 @@ class TextTokenizer:
         The second text alone pays for ``max_length``; the first is capped at ``max_first`` ids of its own.
         """
         before, between, after = self._frames[1]
-        specials = len(before) + len(between) + len(after)
-        first = first.truncate(min(max_first, max_length - specials))
-        second = second.truncate(max_length - specials - first.lengths)
+        first, second = self._cut_pairs(first, second, max_length, max_first)
         parts: list[Ragged | Tensor] = [_ids(before), first, _ids(between), second, _ids(after)]
         types = self._pair_types
         if types is None or len(set(types)) == 1:
@@ -128,12 +135,54 @@ class TextTokenizer:
         ]
         return Ragged.join(parts), Ragged.join(segments)
 
+    def pair_places(self, first: Ragged, second: Ragged, max_length: int, max_first: int) -> Tensor:
+        """For each id that ``frame_pairs`` gives, its place in the first and in the second text: [T, 2]."""
+        before, between, after = map(_outside, self._frames[1])
+        parts = self._cut_pairs(_places(first), _places(second), max_length, max_first)
+        nowhere = [Ragged(torch.full_like(part.values, -1), part.offsets) for part in parts]
+        sides = ((parts[0], nowhere[1]), (nowhere[0], parts[1]))
+        return torch.stack(
+            [Ragged.join([before, one, between, two, after]).values for one, two in sides], dim=1
+        )
+
+    def _cut_pairs(
+        self, first: Ragged, second: Ragged, max_length: int, max_first: int
+    ) -> tuple[Ragged, Ragged]:
+        specials = sum(map(len, self._frames[1]))
+        first = first.truncate(min(max_first, max_length - specials))
+        return first, second.truncate(max_length - specials - first.lengths)
+
+    def forget(self, words: Sequence[str]) -> None:
+        """Cut these words of the vocabulary like any text again, where someone had them left whole."""
+        backend = self.tokenizer.backend_tokenizer
+        state = json.loads(backend.to_str())
+        base = state["model"].get("vocab", {})
+        kept = [
+            token
+            for token in state["added_tokens"]
+            if token["content"] not in words or token["content"] not in base
+        ]
+        if len(kept) < len(state["added_tokens"]):
+            state["added_tokens"] = kept
+            self.tokenizer._tokenizer = type(backend).from_str(json.dumps(state))
+            vars(self).pop("fingerprint", None)
+
     def save_pretrained(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)
 
 
 def _ids(values: list[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def _places(texts: Ragged) -> Ragged:
+    """In place of each id, its place in its text: 0, 1, ... in each row."""
+    starts = texts.offsets[:-1].repeat_interleave(texts.lengths)
+    return Ragged(torch.arange(len(starts), device=starts.device) - starts, texts.offsets)
+
+
+def _outside(special: list[int]) -> Tensor:
+    return torch.full((len(special),), -1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,7 @@
 """What an arrow computes: one file per method, all of them under the contract in ``base.py``."""
 
+from distill.objectives.attention_kl import AttentionKL
+from distill.objectives.attention_mse import AttentionMSE
 from distill.objectives.base import Loss as Loss
 from distill.objectives.base import Objective as Objective
 from distill.objectives.binary_cross_entropy import BinaryCrossEntropy
@@ -15,6 +17,8 @@ from distill.objectives.sampled_softmax import SampledSoftmax
 from distill.objectives.score_kl import ScoreKL
 
 __all__ = [
+    "AttentionKL",
+    "AttentionMSE",
     "BPR",
     "BinaryCrossEntropy",
     "CalibratedList",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from distill.errors import DataError
 from distill.outputs import Outputs
 
 
-def said(outputs: Outputs | None, name: str) -> Tensor:
+def said(outputs: Outputs | None, name: str) -> Any:
     """The field of that name, which whoever made ``outputs`` was asked for."""
     value = None if outputs is None else getattr(outputs, name)
     if value is None:

@@ -82,7 +82,7 @@ def test_represent_answers_the_listed_pairs_and_leaves_the_rest_at_zero(classes,
     model = CrossEncoder(tiny_bert(num_labels=classes), precision="no")
     batch = batch_of(model)
     fields = {1: ("scores",), 2: ("scores", "classes"), 3: ("classes",)}[classes]
-    assert model.provides == set(fields)
+    assert model.provides == {*fields, "joint_attention"}
     said = dict(model.represent(batch, Needs(*fields)).given())
     assert said.keys() == set(fields)
     rows, places = batch.mask.nonzero(as_tuple=True)

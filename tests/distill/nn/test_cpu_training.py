@@ -9,6 +9,7 @@ from transformers import AutoModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from distill.nn import cpu_training
+from distill.nn.attention import NAME, use_attention
 from distill.nn.cpu_training import Dropout, LayerNorm, attention, dropout, prepare_for_cpu
 
 
@@ -130,7 +131,8 @@ def test_a_prepared_transformer_learns_as_before(name, family, texts):
     """Without dropout the prepared one gives equal values and gradients; and it does go through ours."""
     plain, ours = (AutoModel.from_pretrained(family(name)).double().eval() for _ in range(2))
     prepare_for_cpu(ours)
-    assert ours.config._attn_implementation == cpu_training.NAME
+    use_attention(ours)
+    assert ours.config._attn_implementation == NAME
     ids = torch.randint(4, 20, (3, 7))
     mask = (torch.arange(7) < torch.tensor([7, 4, 2])[:, None]).long()
     for given in ({}, {"attention_mask": mask}):
@@ -186,10 +188,10 @@ def test_replaced_dropouts_keep_their_rate_and_mode(family):
 def test_a_saved_configuration_does_not_know_of_it(family, tmp_path):
     """Elsewhere an attention of our name does not exist."""
     model = AutoModel.from_pretrained(family("bert"))
-    prepare_for_cpu(model)
+    use_attention(model)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert cpu_training.NAME not in config.values()
+    assert NAME not in config.values()
     assert AutoModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 

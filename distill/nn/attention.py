@@ -1,0 +1,122 @@
+"""The attention of our text encoders: the fused kernel's result, and who listens hears queries and keys.
+
+An attention is registered with ``transformers`` by name. It hands the layer's queries and keys, by
+reference, to whoever listens, and lets the kernel do the work: no second forward, no map of attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.errors import RecipeError, RunError
+from distill.nn import cpu_training
+
+NAME = "distill"  # of the attention, as `transformers` registers it
+
+Heard = tuple[Tensor, Tensor, float]  # queries [n, H, T, d], keys [n, G, T, d], scale of their products
+
+
+class Listener:
+    """What the layers of one forward hand over; layers are told apart by their order."""
+
+    def __init__(self, layers: Collection[int]):
+        self.layers = layers
+        self.heard: dict[int, Heard] = {}
+        self.passed = 0  # layers that have answered
+
+    def hear(self, query: Tensor, key: Tensor, scaling: float | None) -> None:
+        if self.passed in self.layers:
+            self.heard[self.passed] = (query, key, scaling or query.shape[-1] ** -0.5)
+        self.passed += 1
+
+
+_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others,
+) -> tuple[Tensor, None]:
+    """An attention of ``transformers`` that can be listened to; see ``cpu_training.attention``."""
+    if (listener := _LISTENER.get()) is not None:
+        listener.hear(query, key, scaling)
+    return cpu_training.attention(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+    )
+
+
+def use_attention(backbone: Any) -> None:
+    """Put this attention into a transformer, where it lets one choose."""
+    config = backbone.config
+    if config._attn_implementation == "sdpa" and not getattr(config, "is_decoder", False):
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface
+
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, cpu_training.padding_mask)
+        backbone.set_attn_implementation(NAME)
+
+
+def can_listen(backbone: Any) -> bool:
+    """Whether the attention of a transformer can be heard."""
+    return backbone.config._attn_implementation == NAME
+
+
+@contextmanager
+def listening(backbone: Any, layers: Sequence[int]) -> Iterator[list[Heard]]:
+    """Inside, one forward of the transformer; afterwards the list holds what each layer said.
+
+    Args:
+        layers: Which ones; -1 is the last.
+
+    Raises:
+        RecipeError: It has no such layer.
+        RunError: It has layers that did not pass through this attention, or that cannot learn by it.
+    """
+    total = backbone.config.num_hidden_layers
+    if beyond := [layer for layer in layers if not -total <= layer < total]:
+        raise RecipeError(f"attention of layer {beyond[0]} is asked for, and there are {total} layers.")
+    listener, found = Listener({layer % total for layer in layers}), list[Heard]()
+    token = _LISTENER.set(listener)
+    try:
+        yield found
+    finally:
+        _LISTENER.reset(token)
+    if listener.passed != total:
+        raise RunError(
+            f"{type(backbone).__name__} of {total} layers passed {listener.passed} times through its "
+            f"attention, so its layers cannot be told apart."
+        )
+    found += [listener.heard[layer % total] for layer in layers]
+
+
+def by_token(heard: Sequence[Heard], real: Tensor) -> Tensor:
+    """Queries and keys of l layers for each real token: [t, l, 2, H, d], the queries scaled.
+
+    Grouped keys are repeated, so that each head of queries has its own.
+
+    Args:
+        heard: Of each layer.
+        real: The places [t] of the real tokens among the n * T of the chunk.
+    """
+
+    def rows(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(0, 1).index_select(0, real)
+
+    said = []
+    for query, key, scale in heard:
+        groups = query.shape[1] // key.shape[1]
+        said += [rows(query) * scale, rows(key).repeat_interleave(groups, dim=1)]
+    return torch.stack(said, dim=1).unflatten(1, (len(heard), 2))
