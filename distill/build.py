@@ -128,8 +128,13 @@ class Builder:
         """The data sets by name."""
         data, mistakes = {}, Mistakes()
         for name, node in recipe.data_sets.items():
-            arguments = {k: _below(node.get("path"), v) for k, v in node.items() if k not in SOURCE_KEYS}
             with mistakes:
+                own = inspect.signature(self._locate(node["type"], self._place(recipe, name))).parameters
+                arguments = {
+                    k: v if k == "path" else _below(node.get("path"), v)
+                    for k, v in node.items()
+                    if k not in SOURCE_KEYS or (k == "path" and k in own)
+                }
                 data[name] = self.build(arguments, self._place(recipe, name))
                 for teacher in data[name].teachers:
                     if teacher not in recipe.models:

@@ -6,9 +6,10 @@ from typing import Any, cast
 
 import torch
 
-from distill.data.judged import Judged
+from distill.data.judged import Judged, TextTable
 from distill.errors import RecipeError
 from distill.evaluation import Evaluation, evaluate_model, queries_per_second, size_in_mb
+from distill.evaluation.scoring import can_search, pair_columns
 from distill.model import Encoder, Model
 from distill.settings import EvaluateSettings
 
@@ -20,18 +21,48 @@ def can_be_measured(model: Model) -> bool:
     return isinstance(model, Encoder) or (hasattr(model, "score_pairs") and "scores" in model.provides)
 
 
-def measure(
-    model: Model, judged: Judged, settings: EvaluateSettings, dev: Judged | None, progress: bool = False
-) -> Evaluation:
-    """Measure a model as the ``evaluate`` section of a recipe says; ``dev`` gives the thresholds."""
+def why_not(model: Model, judged: Judged, first: Model | None = None) -> str:
+    """Why a model cannot be measured on a split, in words that begin with the model's class; "" if it can.
+
+    ``first`` finds the candidates that a model re-ranks which cannot search; None: BM25, which reads texts.
+    """
+    kind = type(model).__name__
     if not can_be_measured(model):
         known = ", ".join(sorted(model.provides))
-        raise RecipeError(f"a {type(model).__name__} that provides only {known} cannot be measured.")
+        return f"a {kind} provides only {known}, from which nothing can be ranked"
+    if can_search(model) or judged.task != "retrieval":
+        return ""
+    if columns := pair_columns(model):
+        return f"a {kind} reads features of a listed pair ({', '.join(columns)}), which a search cannot know"
+    texts = isinstance(judged.queries, TextTable) and judged.seen is None
+    if not texts and not (first is not None and can_search(first)):
+        return f"a {kind} cannot search, and nothing finds the candidates that it could re-rank"
+    return ""
+
+
+def measure(
+    model: Model,
+    judged: Judged,
+    settings: EvaluateSettings,
+    dev: Judged | None,
+    progress: bool = False,
+    first: Model | None = None,
+) -> Evaluation:
+    """Measure a model as the ``evaluate`` section of a recipe says.
+
+    Args:
+        dev: Gives the thresholds.
+        first: Finds, where these are no texts, the candidates that a model re-ranks which cannot search.
+    """
+    if problem := why_not(model, judged, first):
+        raise RecipeError(f"{problem}; measure it on listed candidates.")
+    texts = isinstance(judged.queries, TextTable)
     return evaluate_model(
         cast(Encoder, model),  # or a PairScorer
         judged,
         settings.metrics,
         rerank=settings.rerank,
+        rerank_from=None if texts or not can_search(first) else first,
         threshold_from=dev,
         progress=progress,
     )

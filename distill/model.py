@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill.batch import Batch, Columns
 from distill.outputs import Needs, Outputs
@@ -101,6 +101,10 @@ class Encoder(Model):
     @property
     def sizes(self) -> dict[str, int]:
         return {"queries": self.dim, "candidates": self.dim}
+
+    def scale(self) -> Tensor | float:
+        """What a dot product of its vectors is multiplied by to be a score as served; above 0."""
+        return 1.0
 
     def represents(self, needs: Needs) -> Needs:
         pairwise = needs.fields & {"scores", "in_batch"}

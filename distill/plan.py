@@ -13,8 +13,9 @@ from distill.data.judged import Judged, Table, TextTable, summary
 from distill.data.source import JudgedSource, Source
 from distill.errors import Mistakes, RecipeError
 from distill.evaluation import check_measurable
+from distill.evaluation.references import check_reference
 from distill.graph import DistillationGraph
-from distill.measure import can_be_measured
+from distill.measure import can_be_measured, why_not
 from distill.model import Encoder, Model
 from distill.nn.text_encoder import without_weights
 from distill.nn.tokenizer import TextColumn
@@ -163,7 +164,7 @@ def plan_of(recipe: Recipe, builder: Builder) -> Plan:
     with mistakes, without_weights():
         graph = builder.graph(recipe)
         graph.check(labelled)
-        check_uses(recipe, graph)
+        check_uses(recipe, graph, data)
     with mistakes, without_weights():
         if (losses := baseline_losses(recipe)) is not None:
             builder.graph(recipe, losses).check(labelled)
@@ -172,6 +173,7 @@ def plan_of(recipe: Recipe, builder: Builder) -> Plan:
             source = builder.source(recipe, data, heard_by(graph, data))
             check_samplers(source, graph)
             check_scores(graph, source)
+            check_lists(graph, source)
             plan = Plan(recipe, graph, data, source, steps_of(recipe.train, source.steps(0)))
     mistakes.report()
     assert plan is not None  # else there was a mistake
@@ -222,6 +224,12 @@ def check_measures(recipe: Recipe, data: Mapping[str, DataSet]) -> None:
     if "dev" in part.splits:
         with mistakes:
             dev = part.split("dev")
+    for reference in recipe.evaluate.references:
+        with mistakes:
+            try:
+                check_reference(reference, part.split(measured[1]))
+            except RecipeError as error:
+                raise RecipeError(f"evaluate.references: {error}") from error
     for name in (measured[1], "dev"):
         with mistakes:
             try:
@@ -232,7 +240,7 @@ def check_measures(recipe: Recipe, data: Mapping[str, DataSet]) -> None:
     mistakes.report()
 
 
-def check_uses(recipe: Recipe, graph: DistillationGraph) -> None:
+def check_uses(recipe: Recipe, graph: DistillationGraph, data: Mapping[str, DataSet]) -> None:
     """Refuse what a checked graph cannot be used for, and settings of nodes that it does not train."""
     kept, mistakes = graph.nodes[recipe.keep], Mistakes()
     for problem in piece_problems(graph, recipe.train.gradient_cache is not None, world() > 1):
@@ -242,6 +250,14 @@ def check_uses(recipe: Recipe, graph: DistillationGraph) -> None:
             f"evaluate.metrics: models.{recipe.keep} provides only {', '.join(sorted(kept.provides))}, from "
             f"which nothing can be ranked; remove the metrics."
         )
+    elif data and (measured := split_to_measure(recipe, data)) is not None:
+        part = data[measured[0]]
+        for split in dict.fromkeys((measured[1], *(("dev",) if "dev" in part.splits else ()))):
+            if problem := why_not(kept, part.split(split)):
+                mistakes.add(
+                    f"evaluate.metrics: models.{recipe.keep} cannot be measured on '{split}': {problem}. "
+                    f"Measure it on listed candidates, or remove the metrics."
+                )
     if recipe.search and not isinstance(kept, Encoder):
         mistakes.add(
             f"search: models.{recipe.keep} reads query and candidate together, so it has no index; "
@@ -287,6 +303,23 @@ def check_scores(graph: DistillationGraph, source: Source) -> None:
                 mistakes.add(
                     f"models.{node}: samplers add negatives to the data set '{name}', and a recorded teacher "
                     f"cannot be asked about them. {cure}, or take `negatives` out of the data set."
+                )
+    mistakes.report()
+
+
+def check_lists(graph: DistillationGraph, source: Source) -> None:
+    """Refuse losses that tell positives from negatives where there will never be a negative."""
+    mistakes = Mistakes()
+    for name, part in judged_sources(source).items():
+        labels = part.judged.labels
+        if labels is None or not len(labels) or part.negatives or not bool((labels >= 1).all()):
+            continue
+        for arrow in graph.arrows:
+            if (arrow.data is None or name in arrow.data) and arrow.objective.contrasts:
+                mistakes.add(
+                    f"losses.{arrow.name}: {type(arrow.objective).__name__} tells listed positives from "
+                    f"listed negatives, but the data set '{name}' lists positives only and draws no "
+                    f"negatives. Give it `negatives`, or take a loss with `in_batch: true`."
                 )
     mistakes.report()
 

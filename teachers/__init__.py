@@ -2,6 +2,8 @@
 
 from teachers.colbert import ColBERT
 from teachers.cross_encoder import CrossEncoder
+from teachers.gradient_boosting import GradientBoosting
+from teachers.privileged_ranker import PrivilegedRanker
 from teachers.recorded import Recorded
 
-__all__ = ["ColBERT", "CrossEncoder", "Recorded"]
+__all__ = ["ColBERT", "CrossEncoder", "GradientBoosting", "PrivilegedRanker", "Recorded"]

@@ -198,7 +198,7 @@ class HardNegatives(Negatives):
     def costs(self, graph: DistillationGraph, judged: Judged, queries: Tensor) -> Iterator[str]:
         asked = judged.queries.same[queries].unique()
         texts = len(judged.candidates.same.unique())
-        pairs = len(asked) * min(self.top, texts) + int(judged.positives.lengths[asked].sum())
+        pairs = len(asked) * min(self.top, texts) + int(judged.taken.lengths[judged.who[asked]].sum())
         when = (
             "once" if self.every is None else f"every {self.every} epochs" if self.every > 1 else "each epoch"
         )
@@ -288,7 +288,7 @@ class HardNegatives(Negatives):
         return Pairs(node, self.judged)
 
     def _block(self, queries: Tensor, search: Search, judge: Neighbours | Pairs | None) -> Mined:
-        positives = self.judged.positives.select(queries)
+        positives = self.judged.positives_of(queries)
         never = int(positives.lengths.max()) + 1  # positives, and the query's own text
         rows, scores = search.nearest(queries, self.skip + self.top + never)
         assert self._own is not None

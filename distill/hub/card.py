@@ -50,6 +50,11 @@ model = CrossEncoder("{path}")
 print(model.predict([("what is distillation?", "A small model learns from a large one.")]))""",
 }
 _USE_HERE = {
+    "recommender": """\
+# rows: a DataFrame or a list of dictionaries, with the columns of model.user_features, model.item_features
+users = model.encode_users(rows)
+items = model.encode_items(rows_of_items)
+print(users @ items.T)""",
     "encoder": """\
 vectors = model.encode_queries(["what is distillation?"])
 candidates = model.encode_candidates(["A small model learns from a large one."])
@@ -210,7 +215,8 @@ def _usage(name: str, kind: Kind, recipe: Mapping[str, Any], student: str) -> li
         texts += ["With sentence-transformers:", f"```python\n{_USE_ELSEWHERE[kind].format(path=name)}\n```"]
     package, _, used = str(recipe.get("models", {}).get(student, {}).get("type", "")).rpartition(".")
     if package:
-        lines = [f"from {package} import {used}", "", f'model = {used}(checkpoint="{name}")']
+        opened = f'{used}.from_pretrained("{name}")'
+        lines = [f"from {package} import {used}", "", f"model = {opened}"]
         if kind in _USE_HERE:
             lines.append(_USE_HERE[kind])
         texts += ["With Distill:", "```python\n" + "\n".join(lines) + "\n```"]

@@ -5,8 +5,11 @@ from distill.objectives.attention_mse import AttentionMSE
 from distill.objectives.base import Loss as Loss
 from distill.objectives.base import Objective as Objective
 from distill.objectives.binary_cross_entropy import BinaryCrossEntropy
+from distill.objectives.bpr import BPR
+from distill.objectives.calibrated_list import CalibratedList
 from distill.objectives.cross_entropy import CrossEntropy
 from distill.objectives.embedding_match import EmbeddingMatch
+from distill.objectives.hinge import Hinge
 from distill.objectives.margin_mse import MarginMSE
 from distill.objectives.pointwise_score import PointwiseScore
 from distill.objectives.ranknet import RankNet
@@ -16,9 +19,12 @@ from distill.objectives.score_kl import ScoreKL
 __all__ = [
     "AttentionKL",
     "AttentionMSE",
+    "BPR",
     "BinaryCrossEntropy",
+    "CalibratedList",
     "CrossEntropy",
     "EmbeddingMatch",
+    "Hinge",
     "MarginMSE",
     "PointwiseScore",
     "RankNet",

@@ -71,7 +71,7 @@ class MarginMSE(Objective):
         super().__init__(student_needs=Needs("scores"), teacher_needs=Needs("scores"))
         check_choice("pairs", pairs, ("positive", "all"))
         check_positive(scale=scale)
-        self.labelled = pairs == "positive"
+        self.labelled = self.contrasts = pairs == "positive"
         self.scale = scale
 
     def sides(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,21 @@ from distill.data import Judged, RandomNegatives, TextSource, TextTable
 from distill.graph import Arrow, DistillationGraph
 from distill.maxsim import maxsim_all
 from distill.model import Model
-from distill.objectives import AttentionKL, EmbeddingMatch, MarginMSE, PointwiseScore, SampledSoftmax, ScoreKL
+from distill.objectives import (
+    AttentionKL,
+    BinaryCrossEntropy,
+    EmbeddingMatch,
+    MarginMSE,
+    PointwiseScore,
+    SampledSoftmax,
+    ScoreKL,
+)
 from distill.outputs import Needs, Outputs
 from distill.tokens import Tokens
+from students import TwoTower
+from teachers import PrivilegedRanker
 from tests.distill.test_trainer import Bag, Words, judged, stopping, trainer
+from tests.shop import fitted, shop
 
 
 class Cross(Model):
@@ -73,7 +84,7 @@ class Scaled(Bag):
 
     def __init__(self, seed, dropout=0.0):
         super().__init__(seed, dropout)
-        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.factor = nn.Parameter(torch.tensor(1.5))
 
     def represent(self, batch, needs):
         said = super().represent(batch, needs)
@@ -82,7 +93,7 @@ class Scaled(Bag):
 
     def compare(self, outputs, batch, needs):
         said = super().compare(outputs, batch, needs)
-        return said.with_(scores=said.scores * self.scale, in_batch=said.in_batch * self.scale)
+        return said.with_(scores=said.scores * self.factor, in_batch=said.in_batch * self.factor)
 
 
 def said_of(ids, *places, layers=(), values):
@@ -223,16 +234,37 @@ def case(name, dropout=0.0):
     return graph, given
 
 
-CASES = ("in_batch", "lists", "vectors", "pairs", "taught", "cycle", "built", "tokens", "texts")
+def users_and_items():
+    """A two-tower and a ranker that shares its tables, one of them so large that its gradient is sparse."""
+    features = fitted(user_buckets=2**15)
+    torch.manual_seed(7)
+    student = TwoTower(features, dim=6, embedding_dim=4, unknown=0.0, learned_temperature=True)
+    ranker = PrivilegedRanker(
+        features, student.tables, own_tables=["country"], history="attention", widths=(8,), unknown=0.0
+    )
+    arrows = [
+        Arrow("labels", BinaryCrossEntropy(), "student"),
+        Arrow("in_batch", SampledSoftmax(temperature=1.0), "student"),
+        Arrow("ranker_labels", BinaryCrossEntropy(), "peer"),
+        Arrow("soft", BinaryCrossEntropy(), "student", "peer"),
+    ]
+    graph = DistillationGraph({"student": student, "peer": ranker}, arrows, ["student", "peer"])
+    return graph, shop(features, batch_size=20)
+
+
+CASES = ("in_batch", "lists", "vectors", "pairs", "taught", "cycle", "built", "tokens", "texts", "features")
 
 
 def step(name, cache=None, dropout=0.0, **settings):
     """Losses and summed gradients of the first optimiser step, of two batches, the last a small one."""
-    graph, given = case(name, dropout)
+    graph, given = users_and_items() if name == "features" else case(name, dropout)
     found = {}
 
     def keep(*_):
-        found.update({n: p.grad.clone() for n, p in graph.trainable().items() if p.grad is not None})
+        for n, p in graph.trainable().items():
+            if p.grad is not None:
+                assert p.grad.is_sparse == (len(p) > 2**15 if p.dim() else False)
+                found[n] = p.grad.to_dense().clone()
         return 0.0
 
     with tempfile.TemporaryDirectory() as folder:
