@@ -28,6 +28,7 @@ from distill.errors import DataError, RecipeError, RunError
 from distill.evaluation import Evaluation, evaluate_reference
 from distill.evaluation.significance import CONFIDENCE, compare
 from distill.graph import DistillationGraph
+from distill.hub.card import Kind, model_card
 from distill.hub.files import atomic_write_text
 from distill.lock import LOCK, only_run_in
 from distill.measure import entry_of, measure, why_not
@@ -343,8 +344,6 @@ class _Run:
         return {"metric": metric, "confidence": CONFIDENCE, "of": of, **found._asdict()}
 
     def _card(self, measures: Mapping[str, Mapping[str, Any]], model: Model) -> str:
-        from distill.hub.card import model_card
-
         recipe = self.recipe
         base = recipe.models[recipe.keep].get("checkpoint")
         return model_card(
