@@ -302,6 +302,8 @@ class Builder:
                     self._check_call(item, inner, ())
             if key in ("train", "detach") and key in extra:  # in YAML 1.2, `no` is a word
                 problem = "" if isinstance(value, bool) else f"should be true or false, got {value!r}"
+            elif key == "of" and base is Model:  # names, which become the models
+                problem = ""
             else:
                 takes = DataSet.train_source if base is DataSet and key in extra else target
                 problem = wrong_value(takes, key, value)

@@ -14,6 +14,7 @@ from distill.model import Model
 
 # Named as text, as a recipe does: the framework imports neither package.
 ENCODER, CROSS_ENCODER = "students.BiEncoder", "teachers.CrossEncoder"
+BUILT = {"Concatenation": "teachers.Concatenation", "Ensemble": "teachers.Ensemble"}  # from other models
 
 
 def open_model(spec: str | Path, runs: str | Path = "runs") -> Model:
@@ -25,7 +26,7 @@ def open_model(spec: str | Path, runs: str | Path = "runs") -> Model:
     """
     folder = model_folder(spec, runs)
     module, _, name = class_of(folder).rpartition(".")
-    return getattr(importlib.import_module(module), name)(folder)
+    return getattr(importlib.import_module(module), name).from_pretrained(folder)
 
 
 def model_folder(spec: str | Path, runs: str | Path = "runs") -> Path:
@@ -42,7 +43,8 @@ def class_of(folder: Path) -> str:
     """Which class opens a model folder.
 
     A classifier (an architecture ``...ForSequenceClassification``, or a CrossEncoder of
-    sentence-transformers) is a cross-encoder, all else an encoder.
+    sentence-transformers) is a cross-encoder, what was built from other models says so, all else is an
+    encoder.
     """
     check_checkpoint(folder)
     if (folder / SETTINGS).is_file():
@@ -50,6 +52,8 @@ def class_of(folder: Path) -> str:
     if (folder / "modules.json").is_file():
         return ENCODER
     architectures = read_json(folder / "config.json").get("architectures") or []
+    if architectures and architectures[0] in BUILT:
+        return BUILT[architectures[0]]
     return CROSS_ENCODER if any("SequenceClassification" in name for name in architectures) else ENCODER
 
 

@@ -327,13 +327,14 @@ class _Run:
         return {"metric": metric, "confidence": CONFIDENCE, **found._asdict()}
 
     def _card(self, measures: Mapping[str, Mapping[str, Any]], model: Model) -> str:
-        from distill.hub import model_card
+        from distill.hub.card import Kind, model_card
 
         recipe = self.recipe
         base = recipe.models[recipe.keep].get("checkpoint")
+        alone: Kind = "encoder" if isinstance(model, Encoder) else "cross_encoder"
         return model_card(
             recipe.name,
-            "encoder" if isinstance(model, Encoder) else "cross_encoder",
+            "combined" if hasattr(model, "parts") else alone,
             recipe.model_dump(mode="json"),
             recipe.keep,
             {name: entry["metrics"] for name, entry in measures.items() if "metrics" in entry},

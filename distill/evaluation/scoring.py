@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeGuard, cast
@@ -27,6 +27,19 @@ class PairScorer(Protocol):
         """Scores [n] float32 of n pairs, as ``Table.take`` gives them."""
 
 
+class Combined(Protocol):
+    """A model made of others, whose scores of a query's whole list it puts together."""
+
+    parts: Mapping[str, Any]
+
+    def combined(self, said: Mapping[str, Tensor], query: Tensor) -> Tensor:
+        """Scores [T] of T pairs, from those [T] of each part; ``query`` [T] says whose list a pair is on."""
+
+
+def is_combined(model: Any) -> TypeGuard[Combined]:
+    return hasattr(model, "combined")
+
+
 def score(
     model: Encoder | PairScorer, judged: Judged, query: Tensor, candidate: Tensor, progress: bool = False
 ) -> Tensor:
@@ -37,6 +50,9 @@ def score(
         candidates, c = _encoded(model.encode_candidates, judged.candidates, candidate, progress, model)
         parts = zip(q.split(2**14), c.split(2**14), strict=True)
         return torch.cat([torch.empty(0), *((queries[i] * candidates[j]).sum(dim=1) for i, j in parts)])
+    if is_combined(model):
+        told = {name: score(part, judged, query, candidate, progress) for name, part in model.parts.items()}
+        return model.combined(told, query)
     pair, place = torch.unique(query * len(judged.candidates) + candidate, return_inverse=True)
     scorer = cast(PairScorer, model)
 
