@@ -47,6 +47,10 @@ class Arrow:
     data: tuple[str, ...] | None = None
     labels: bool = False
 
+    def __post_init__(self) -> None:
+        if self.tail is not None:
+            self.objective.hear()
+
     def weight_at(self, progress: float) -> float:
         """The weight at a progress in [0, 1].
 

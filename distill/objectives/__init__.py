@@ -3,8 +3,11 @@
 from distill.objectives.base import Loss as Loss
 from distill.objectives.base import Objective as Objective
 from distill.objectives.binary_cross_entropy import BinaryCrossEntropy
+from distill.objectives.bpr import BPR
+from distill.objectives.calibrated_list import CalibratedList
 from distill.objectives.cross_entropy import CrossEntropy
 from distill.objectives.embedding_match import EmbeddingMatch
+from distill.objectives.hinge import Hinge
 from distill.objectives.margin_mse import MarginMSE
 from distill.objectives.pointwise_score import PointwiseScore
 from distill.objectives.ranknet import RankNet
@@ -12,9 +15,12 @@ from distill.objectives.sampled_softmax import SampledSoftmax
 from distill.objectives.score_kl import ScoreKL
 
 __all__ = [
+    "BPR",
     "BinaryCrossEntropy",
+    "CalibratedList",
     "CrossEntropy",
     "EmbeddingMatch",
+    "Hinge",
     "MarginMSE",
     "PointwiseScore",
     "RankNet",

@@ -37,6 +37,9 @@ class Objective(nn.Module, ABC):
         self.student_needs = student_needs
         self.teacher_needs = teacher_needs or Needs()
 
+    def hear(self) -> None:
+        """An arrow gives it a teacher: who can learn from labels or from a teacher now needs the teacher."""
+
     def bind(self, student_sizes: dict[str, int], teacher_sizes: dict[str, int]) -> None:
         """Make parameters that depend on sizes (last axis by field), before the optimiser is made."""
 

@@ -15,14 +15,22 @@ from distill.outputs import AXES, Outputs
 
 EXPORTED = [getattr(objectives, name) for name in objectives.__all__]
 VARIANTS = [
+    objectives.BinaryCrossEntropy(),
+    objectives.BPR(temperature=0.5, in_batch=True),
+    objectives.Hinge(margin=2.0, hardest=2, in_batch=True, warp=50),
+    objectives.Hinge(margin=3.0, in_batch=True),
     objectives.EmbeddingMatch(fields=["candidates"], distance="mse", projection=True),
     objectives.MarginMSE(pairs="all", scale=2.0),
     objectives.PointwiseScore(loss="bce"),
     objectives.RankNet(temperature=0.5),
     objectives.SampledSoftmax(temperature=1.0, in_batch=False),
+    objectives.SampledSoftmax(temperature=1.0, log_q="all"),
+    objectives.SampledSoftmax(temperature=1.0, log_q="negatives", in_batch=False),
+    objectives.SampledSoftmax(temperature=1.0, log_q="refined"),
     objectives.ScoreKL(temperature=0.1, teacher_temperature=2.0),
     objectives.ScoreKL(in_batch=True),
 ]
+VARIANTS[0].hear()  # a teacher, instead of the labels
 for variant in VARIANTS:
     variant.bind({"queries": 4, "candidates": 4}, {"queries": 4, "candidates": 4})
 OBJECTIVES = [cls() for cls in EXPORTED] + VARIANTS
@@ -40,6 +48,7 @@ def a_batch() -> Batch:
         candidate_ids=torch.tensor([50, 20, 40, 10, 30, 60]),
         labels=torch.tensor([[1.0, 0, 0, 0], [1.0, 0, 0, 0], [1.0, 0, 0, 0]]),
         draws=torch.tensor([1, 2, 2, 2, 1, 1]),
+        log_q=torch.tensor([0.1, 0.2, 0.2, 0.3, 0.05, 0.15]).log(),
         known_positives=Ragged.of([[50, 70], [20, 60], [40]]),
         source="here",
     )
@@ -67,7 +76,7 @@ def both(objective, batch: Batch) -> tuple[Outputs, Outputs]:
 
 
 def test_there_are_objectives_to_test():
-    assert len(EXPORTED) == 8
+    assert len(EXPORTED) == 11
     assert all(issubclass(cls, objectives.Objective) for cls in EXPORTED)
     assert {type(variant) for variant in VARIANTS} <= set(EXPORTED)
 
@@ -154,7 +163,7 @@ def test_rows_that_count_nothing_lose_exactly_nothing(objective):
 
 @every_objective
 def test_a_single_candidate_alone_makes_no_list(objective):
-    batch = Batch.of_scores(2, 1)
+    batch = dataclasses.replace(Batch.of_scores(2, 1), log_q=torch.tensor([-1.0, -2.0]))
     loss, count = objective(*both(objective, batch), batch)
     assert (loss[count == 0] == 0).all()
 
@@ -169,6 +178,7 @@ def test_a_batch_may_be_empty(objective, sizes):
         query_ids=torch.arange(queries),
         candidate_ids=torch.arange(candidates),
         labels=torch.zeros(queries, listed),
+        log_q=-torch.ones(candidates),
         known_positives=Ragged.of([[0]] * queries),
     )
     student, teacher = both(objective, batch)
