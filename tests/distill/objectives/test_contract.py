@@ -20,7 +20,11 @@ VARIANTS = [
     objectives.Hinge(margin=2.0, hardest=2, in_batch=True, warp=50),
     objectives.Hinge(margin=3.0, in_batch=True),
     objectives.EmbeddingMatch(fields=["candidates"], distance="mse", projection=True),
+    objectives.GuidedSoftmax(temperature=1.0, in_batch=False, relative_margin=0.4),
+    objectives.LambdaMRR(groups=[1, 2], temperature=0.5),
     objectives.MarginMSE(pairs="all", scale=2.0),
+    objectives.MarginMSE(in_batch=True),
+    objectives.MarginMSE(pairs="all", in_batch=True),
     objectives.PointwiseScore(loss="bce"),
     objectives.RankNet(temperature=0.5),
     objectives.SampledSoftmax(temperature=1.0, in_batch=False),
@@ -35,6 +39,13 @@ for variant in VARIANTS:
     variant.bind({"queries": 4, "candidates": 4}, {"queries": 4, "candidates": 4})
 OBJECTIVES = [cls() for cls in EXPORTED] + VARIANTS
 B, N, P, D, C = 3, 4, 6, 4, 3
+# what these hear of a teacher, its order or who is above a limit, has no slope
+ORDER_ALONE = (
+    objectives.GuidedSoftmax,
+    objectives.LambdaMRR,
+    objectives.RankNet,
+    objectives.RelativeOrder,
+)
 
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 
@@ -76,7 +87,7 @@ def both(objective, batch: Batch) -> tuple[Outputs, Outputs]:
 
 
 def test_there_are_objectives_to_test():
-    assert len(EXPORTED) == 11
+    assert len(EXPORTED) == 15
     assert all(issubclass(cls, objectives.Objective) for cls in EXPORTED)
     assert {type(variant) for variant in VARIANTS} <= set(EXPORTED)
 
@@ -108,7 +119,7 @@ def test_gradients_reach_a_teacher_that_is_not_frozen(objective):
     student, teacher = both(objective, batch)
     attached = Outputs(**{name: value.requires_grad_() for name, value in teacher.given()})
     objective(student, attached, batch).loss.sum().backward()
-    if not isinstance(objective, objectives.RankNet):  # the order of the teacher has no slope
+    if not isinstance(objective, ORDER_ALONE):
         assert all(value.grad is not None and value.grad.any() for _, value in attached.given())
 
 
