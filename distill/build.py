@@ -14,7 +14,8 @@ import torch
 from distill.arguments import wrong_value
 from distill.data.dataset import DataSet
 from distill.data.mixture import Mixture
-from distill.data.source import Source
+from distill.data.source import JudgedSource, Source
+from distill.data.topics import Topics
 from distill.errors import Mistakes, RecipeError, UserError
 from distill.graph import Arrow, DistillationGraph
 from distill.model import Model
@@ -32,6 +33,7 @@ SOURCE_KEYS = (
     "candidates",
     "negatives",
     "with_positive",
+    "topics",
     "path",
 )  # of any data set: batches, and where files lie
 
@@ -64,10 +66,11 @@ class Builder:
             self._check_call(node, where, SOURCE_KEYS, DataSet)
             if isinstance(node, Mapping) and not isinstance(node.get("negatives", []), list):
                 self.problems.append(f"{where}.negatives: it should be a list of samplers.")
-            for i, key, model in self._nodes_of_samplers(node):
+            if isinstance(node, Mapping) and "topics" in node:
+                self._check_call(node["topics"], f"{where}.topics", (), Topics)
+            for place, key, model in self._nodes_of_samplers(node):
                 if model not in recipe.models:
-                    place = f"{where}.negatives[{i}].{key}"
-                    self._say(place, f"there is no model '{model}'.", model, recipe.models)
+                    self._say(f"{where}.{place}.{key}", f"there is no model '{model}'.", model, recipe.models)
         for name, node in recipe.models.items():
             self._check_name(name, f"models.{name}", (*RUN_FOLDERS, "labels"))  # no model may be called so
             if set(node) == {"ref"}:
@@ -97,17 +100,21 @@ class Builder:
             self._say("keep", f"there is no model '{recipe.keep}' to keep.", recipe.keep, recipe.models)
         return list(dict.fromkeys(self.problems))
 
-    def _nodes_of_samplers(self, node: Any) -> Iterator[tuple[int, str, str]]:
-        """The nodes that a data set's samplers of negatives name: which sampler, by which key, the node."""
-        samplers = node.get("negatives") if isinstance(node, Mapping) else None
-        for i, sampler in enumerate(samplers if isinstance(samplers, list) else []):
+    def _nodes_of_samplers(self, node: Any) -> Iterator[tuple[str, str, str]]:
+        """The nodes that a data set's samplers and topics name: where these stand, by which key, the node."""
+        node = node if isinstance(node, Mapping) else {}
+        samplers = node.get("negatives")
+        places = {
+            f"negatives[{i}]": one for i, one in enumerate(samplers if isinstance(samplers, list) else [])
+        }
+        for place, sampler in {**places, "topics": node.get("topics")}.items():
             try:
                 target = self._locate(sampler.get("type"), "") if isinstance(sampler, Mapping) else None
             except RecipeError:
                 continue  # said with the sampler itself
             for key in getattr(target, "names_nodes", ()):
                 if isinstance(sampler.get(key), str):
-                    yield i, key, sampler[key]
+                    yield place, key, sampler[key]
 
     def build(self, node: Any, where: str) -> Any:
         """Objects for a recipe node that refers to no other node."""
@@ -160,7 +167,7 @@ class Builder:
             raise RecipeError(
                 "data: no arrow hears a data set with a train split, so there is nothing to train on."
             )
-        sources: dict[str, Source] = {}
+        sources: dict[str, JudgedSource] = {}
         for name in heard:
             node = recipe.data_sets[name]
             arguments = {
@@ -174,8 +181,10 @@ class Builder:
                 "name": name,
                 **arguments,
             }
+            topics = arguments.pop("topics", None)
             try:
                 sources[name] = data[name].train_source(**arguments)
+                sources[name].topics = topics
             except (ValueError, TypeError) as error:
                 raise RecipeError(f"{self._place(recipe, name)}: {error}") from error
         return Mixture(sources, recipe.train.seed) if len(sources) > 1 else next(iter(sources.values()))
@@ -419,5 +428,9 @@ def _names(value: Any) -> list[str]:
 
 
 def _example(base: type | None) -> str:
-    examples: dict[type | None, str] = {Model: "students.BiEncoder", Objective: "distill.objectives.ScoreKL"}
+    examples: dict[type | None, str] = {
+        Model: "students.BiEncoder",
+        Objective: "distill.objectives.ScoreKL",
+        Topics: "distill.data.Topics",
+    }
     return examples.get(base, "distill.data.Retrieval")
