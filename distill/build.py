@@ -44,11 +44,12 @@ class Builder:
 
     Args:
         trusted: Packages that a ``type`` may name, besides ours.
-        run_folder: Gives the folder of the model that another recipe makes, for ``{run: NAME}``.
+        run_folder: Gives the folder of the model that another recipe makes, for ``{run: NAME}``; None where
+            it is not made yet, and starts from no checkpoint.
     """
 
     trusted: Collection[str] = ()
-    run_folder: Callable[[str], str | Path] | None = None
+    run_folder: Callable[[str], str | Path | None] | None = None
     problems: list[str] = field(default_factory=list)
     known: dict[str, DataSet] = field(default_factory=dict)  # the data sets, once they are built
 
@@ -125,7 +126,8 @@ class Builder:
         if set(node) == {"run"}:
             if self.run_folder is None:
                 raise RecipeError(f"{where}.run: '{node['run']}' names a run, and there are none here.")
-            return str(self.run_folder(node["run"]))
+            folder = self.run_folder(node["run"])
+            return None if folder is None else str(folder)
         if set(node) == {"data"}:
             return self._features(node["data"], f"{where}.data")
         arguments = {key: self.build(value, f"{where}.{key}") for key, value in node.items() if key != "type"}

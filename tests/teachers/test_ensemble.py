@@ -1,5 +1,6 @@
 """Several teachers as one: the rules by their numbers, and one teacher as if it stood alone."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from scipy.special import softmax
 
 from distill.batch import Batch, Columns, Ragged
 from distill.build import Builder
-from distill.data import Judged, TextSource, TextTable
+from distill.data import BM25Negatives, Judged, TextSource, TextTable
 from distill.errors import DataError, RecipeError
 from distill.evaluation import evaluate_model
 from distill.evaluation.cost import size_in_mb
@@ -21,6 +22,7 @@ from distill.model import Encoder, Model
 from distill.objectives import EmbeddingMatch, MarginMSE, SampledSoftmax, ScoreKL
 from distill.open import class_of, open_model
 from distill.outputs import Needs, Outputs
+from distill.run import Runs
 from distill.store import TeacherMemory
 from students import BiEncoder
 from teachers import Concatenation, CrossEncoder, Ensemble, Recorded
@@ -481,3 +483,77 @@ def test_a_part_that_is_no_longer_the_same_is_refused(models, tiny_bert, tmp_pat
     Ensemble({"a": Vectors()}).save_pretrained(tmp_path / "nowhere")
     with pytest.raises(DataError, match="'a' came from no checkpoint"):
         open_model(tmp_path / "nowhere")
+
+
+def test_weights_learnt_in_one_run_teach_in_the_next(tiny_bert, tmp_path, monkeypatch):
+    """Trained, measured, saved, and asked for by ``{run: ...}``; both tables show what it reaches."""
+    monkeypatch.setenv("DISTILL_STORE", str(tmp_path / "store"))
+    lines = [
+        json.dumps({"query": query, "candidate": f"{other} of the sea", "label": int(query == other)})
+        for query in QUERIES
+        for other in QUERIES
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    rows_ = str(tmp_path / "rows.jsonl")
+    parts = {
+        "cross": {"type": "teachers.CrossEncoder", "checkpoint": str(tiny_bert(num_labels=1))},
+        "bi": {"type": "students.BiEncoder", "checkpoint": str(tiny_bert(seed=2))},
+    }
+    both = {"type": "teachers.Ensemble", "of": ["cross", "bi"]}
+    listed = {"type": "distill.objectives.SampledSoftmax", "temperature": 1.0, "in_batch": False}
+    shared = {
+        "data": {"type": "distill.data.Groups", "train": rows_, "test": rows_},
+        "train": {"steps": 4, "batch_size": 3, "learning_rate": 0.05, "mixed_precision": "no"},
+        "evaluate": {"metrics": ["MAP"]},
+    }
+    first = {
+        **shared,
+        "name": "weights",
+        "models": {**parts, "all": {**both, "weights": "learned", "train": True}},
+        "losses": {"labels": {**listed, "to": "all"}},
+        "keep": "all",
+    }
+    second = {
+        **shared,
+        "name": "taught",
+        "models": {
+            "student": parts["bi"] | {"layers": 1},
+            **parts,
+            "all": {**both, "checkpoint": {"run": str(tmp_path / "weights.yaml")}},
+        },
+        "losses": {"order": {"type": "distill.objectives.ScoreKL", "from": "all", "to": "student"}},
+    }
+    for recipe in (first, second):
+        (tmp_path / f"{recipe['name']}.yaml").write_text(json.dumps(recipe))
+    runs = Runs(tmp_path / "runs")
+    assert runs.check(runs.load(tmp_path / "taught.yaml")).costs()  # before the other recipe was run
+    folder = runs.run(runs.load(tmp_path / "taught.yaml"))
+    measured = json.loads((folder / "metrics.json").read_text())["models"]
+    assert measured.keys() == {"student", "cross", "bi", "all"} and "MAP" in measured["all"]["metrics"]
+    learnt = open_model("weights", tmp_path / "runs")
+    assert learnt.logits.abs().min() > 0 and learnt.logits.sum().abs() < 1e-6
+    assert "open_model" in (tmp_path / "runs" / "weights" / "README.md").read_text()
+    assert isinstance(open_model("taught", tmp_path / "runs"), BiEncoder)
+
+
+def test_negatives_are_checked_by_an_ensemble_and_mined_anew_when_a_part_changes(models, tiny_bert):
+    parts = {"bi": BiEncoder(tiny_bert(seed=2)), "cross": models["cross"]}
+    nodes = {
+        "student": Vectors(),
+        **parts,
+        "all": Ensemble(parts),
+        "here": Ensemble(parts, routes={"x": ["bi"]}),
+    }
+    graph = DistillationGraph(nodes, [], ["student"])
+    sampler = BM25Negatives(1, top=2, checked_by="all", strata=2)
+    assert not list(sampler.problems(graph, judged()))
+    before = sampler._state(graph)
+    with torch.no_grad():
+        next(parts["bi"].parameters()).add_(1)
+    assert sampler._state(graph) != before
+    routed = BM25Negatives(1, top=2, checked_by="here", strata=2)
+    assert [*routed.problems(graph, judged())] == [
+        "checked_by: 'here' (Ensemble) needs more than a pair of texts to score it."
+    ]
+    trained = DistillationGraph(nodes, [], ["student", "bi"])
+    assert sampler._learns(trained) and not sampler._learns(graph)
