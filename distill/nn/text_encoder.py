@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from torch import Tensor, nn
 from distill.batch import Ragged
 from distill.errors import RecipeError
 from distill.hub.checkpoint import position_limit
-from distill.nn.cpu_serving import in_streams, serving_copy
+from distill.nn.cpu_serving import serving_copy
 from distill.nn.cpu_training import prepare_for_cpu
+from distill.nn.cpu_streams import in_streams, learn_in_streams
+from distill.nn.packed import Packing, first_position, takes_packed
 from distill.nn.precision import native_bf16
 from distill.nn.tokenizer import TextTokenizer
 
-CHUNK_TOKENS = 2048  # of a chunk on a CPU: its activations stay near the core
+import os
+CHUNK_TOKENS = int(os.environ.get("CT","2048"))
 
 NOT_ITS_ANSWERS = ("dtype", "torch_dtype", "transformers_version")  # of a configuration
 
@@ -78,8 +82,10 @@ class TextEncoder(nn.Module):
             head: From the transformer's output for a chunk of m texts, and its mask [m, T], to [m, ...].
         """
         device = next(self.backbone.parameters()).device
-        chunks = self.cut(ids.lengths, self.chunk_tokens or (CHUNK_TOKENS if device.type == "cpu" else 65536))
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
+        if (learning or self.training) and device.type == "cpu" and takes_packed(self.backbone):
+            return self._packed(ids, types, head)
+        chunks = self.cut(ids.lengths, self.chunk_tokens or (CHUNK_TOKENS if device.type == "cpu" else 65536))
         backbone = self.backbone if learning or self.training else self._serving(device)
         embedded = self._embedded(ids.to(device)) if learning else None
 
@@ -94,6 +100,37 @@ class TextEncoder(nn.Module):
             parts = [answer(chunk) for chunk in chunks]
         order = torch.cat([rows for rows, _ in chunks]).to(device)
         return torch.cat(parts)[order.argsort()]
+
+    def _packed(self, ids: Ragged, types: Ragged | None, head: Head) -> Tensor:
+        """As ``forward``, of texts end to end: chunks of about equal work, without padding but in attention."""
+        backbone = self.backbone
+        order = torch.argsort(ids.lengths, stable=True, descending=True)
+        chunks = max(1, round(len(ids.values) / (self.chunk_tokens or CHUNK_TOKENS)))
+        rows = [order[place::chunks] for place in range(min(chunks, len(ids)))]
+        packings = [Packing(ids.lengths[chosen]) for chosen in rows]
+        words = self._words(Ragged.stack([ids.select(chosen) for chosen in rows]).values)
+        first = first_position(backbone)
+
+        def run(chunk: int, words: Tensor) -> Tensor:
+            packing = packings[chunk]
+            given = {"inputs_embeds": packing.rounded(words)[None], "packing": packing}
+            given["position_ids"] = packing.rounded(packing.positions + first)[None]
+            if types is not None:
+                given["token_type_ids"] = packing.rounded(types.select(rows[chunk]).values.long())[None]
+            return backbone(**given).last_hidden_state[0]
+
+        hidden = learn_in_streams(run, words.split([int(p.lengths.sum()) for p in packings]), backbone)
+        parts = []
+        with torch.autocast("cpu", enabled=False):
+            for packing, packed in zip(packings, hidden, strict=True):
+                for bucket, padded in zip(packing.buckets, packing.padded(packed), strict=True):
+                    parts.append(head(Hidden(padded), bucket.mask).float())
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    def _words(self, ids: Tensor) -> Tensor:
+        """The word embeddings of ids [T]: [T, D]."""
+        self._half = None  # the weights are about to change; a fused optimiser does not mark them
+        return self.backbone.get_input_embeddings()(ids.long())
 
     def _embedded(self, ids: Ragged) -> Tensor:
         """The word embeddings of all ids, and a last row of zeros, which pads."""
@@ -155,6 +192,13 @@ class TextEncoder(nn.Module):
         if self._half is None or self._half[0] != state:
             self._half = (state, serving_copy(self.backbone, self.chunk_tokens or CHUNK_TOKENS))
         return self._half[1]
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What a transformer says of padded texts, as a head reads it."""
+
+    last_hidden_state: Tensor  # [n, T, D]
 
 
 def keep_layers(backbone: Any, layers: int | Sequence[int]) -> None:
