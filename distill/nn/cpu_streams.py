@@ -1,7 +1,7 @@
 """Several chunks at a time on a CPU, one in each of a few threads, instead of several threads a chunk.
 
-A matrix product of one chunk is too small to be shared well between cores, and the small steps between products
-are not shared at all. Measured by ``benchmarks/encode_text.py`` and ``train_text.py``.
+A matrix product of one chunk is too small to be shared well between cores, and the small steps between
+products are not shared at all. Measured by ``benchmarks/encode_text.py`` and ``train_text.py``.
 """
 
 from __future__ import annotations
@@ -22,13 +22,17 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
+def stream_count(chunks: int) -> int:
+    """How many of so many chunks run at a time."""
+    return min(torch.get_num_threads(), MOST_STREAMS, chunks)
+
+
 def in_streams(work: Callable[[A], B], given: Sequence[A]) -> list[B]:
     """``work`` of each, several at a time on few cores each; results in order.
 
     Gradients are recorded, and products cast, as where this is called.
     """
-    threads = torch.get_num_threads()
-    streams = min(threads, MOST_STREAMS, len(given))
+    threads, streams = torch.get_num_threads(), stream_count(len(given))
     if streams < 2:
         return [work(one) for one in given]
     grad = torch.is_grad_enabled()
@@ -50,7 +54,7 @@ def in_streams(work: Callable[[A], B], given: Sequence[A]) -> list[B]:
 def learn_in_streams(
     run: Callable[[int, Tensor], Tensor], given: Sequence[Tensor], module: nn.Module
 ) -> Sequence[Tensor]:
-    """``run(i, given[i])`` of each i in streams, and its gradient in streams, with and without gradient alike.
+    """``run(i, given[i])`` of each i in streams, and its gradient in streams.
 
     The same numbers come whatever the threads do: dropout of each i draws from a generator of its own, which
     torch's seeds, and the gradients of the i are added in order.
@@ -95,8 +99,8 @@ class _Streams(torch.autograd.Function):
         with torch.enable_grad():
             each = in_streams(walk, [*zip(ctx.found, ctx.given, gradients, strict=True)])
         del ctx.found
-        of_given = [found[0] for found in each]
-        return None, None, *of_given, *(_sum(parts) for parts in zip(*(found[1:] for found in each), strict=True))
+        of_given, *of_parameters = zip(*each, strict=True)
+        return None, None, *of_given, *map(_sum, of_parameters)
 
 
 def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.nn import dropout as fast
-from distill.nn.packed import Packing, packed_attention
-
-NAME = "distill"  # of the attention, as `transformers` registers it
+from distill.nn.packed import ATTENTION, Packing, packed_attention
 
 
 class LayerNorm(nn.LayerNorm):
@@ -113,9 +111,9 @@ def prepare_for_cpu(backbone: Any) -> None:
     from transformers.masking_utils import AttentionMaskInterface
 
     if backbone.config._attn_implementation == "sdpa" and not getattr(backbone.config, "is_decoder", False):
-        AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, padding_mask)
-        backbone.set_attn_implementation(NAME)
+        AttentionInterface.register(ATTENTION, attention)
+        AttentionMaskInterface.register(ATTENTION, padding_mask)
+        backbone.set_attn_implementation(ATTENTION)
     keep_memory()
     for parent in list(backbone.modules()):
         for name, child in parent.named_children():

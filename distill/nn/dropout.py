@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-
 # Where seeds of dropout come from: what runs beside others in a thread has a generator of its own, lest the
 # numbers follow from who comes first. None: torch's.
 SEEDS: ContextVar[torch.Generator | None] = ContextVar("seeds_of_dropout", default=None)

@@ -1,8 +1,9 @@
-"""Texts end to end without padding, for a CPU: only attention, which cannot do without, pads a few at a time.
+"""Texts end to end without padding, to learn from on a CPU. Attention alone pads, a few texts at a time.
 
-All else in a transformer reads one id at a time and need not know where a text ends. So texts of unlike lengths
-cost what their ids cost, and a layer is one large matrix product where chunks of padded texts are several.
-Measured by ``benchmarks/train_text.py`` and ``encode_text.py``.
+All else in a transformer reads one id at a time and need not know where a text ends: texts of unlike lengths
+cost what their ids cost. Answering without gradient does not use this: thousands of texts are sorted by
+length then, little is padded, and torch's fused attention is faster. ``benchmarks/train_text.py`` measures
+what it brings.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distill.nn.dropout import dropout_factors
 
+ATTENTION = "distill"  # as `transformers` registers it
 LENGTHS = 32  # the length of a bucket is a multiple of it: softmax in bf16 is twice as fast then
 ROWS = 128  # the ids of a packing are rounded up to a multiple: kernels are made once per shape
 BUCKET_IDS = 2048  # padded ids of a bucket: its attention stays near the core
 
-# The transformers that take texts end to end: they pass keywords on to the attention, take positions, and hide
-# nothing but padding. Their first position, by their configuration.
+# The transformers that take texts end to end: they pass keywords on to the attention, take positions, and
+# hide nothing but padding. Their first position, by their configuration.
 FIRST_POSITION: dict[str, Callable[[Any], int]] = {
     "BertModel": lambda config: 0,
     "CamembertModel": lambda config: config.pad_token_id + 1,
@@ -33,8 +34,12 @@ FIRST_POSITION: dict[str, Callable[[Any], int]] = {
 
 
 def takes_packed(backbone: Any) -> bool:
-    """Whether a transformer, as it is set up, takes texts end to end."""
-    return type(backbone).__name__ in FIRST_POSITION and backbone.config._attn_implementation == "distill"
+    """Whether a transformer, as it is set up, takes texts end to end.
+
+    Not one that computes activations again: its dropout would be drawn anew.
+    """
+    ours = backbone.config._attn_implementation == ATTENTION and type(backbone).__name__ in FIRST_POSITION
+    return ours and not any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
 
 
 def first_position(backbone: Any) -> int:
@@ -132,16 +137,8 @@ class _Pad(torch.autograd.Function):
 def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float, dropout: float
 ) -> Tensor:
-    """Attention of each text of a packing to itself: three times [ids, H, D] to [ids, H, D]."""
-    if torch.is_grad_enabled() or dropout > 0.0:
-        return _PackedAttention.apply(query, key, value, packing, scale, dropout)
-    out = torch.zeros_like(value)
-    for bucket in packing.buckets:
-        q, k, v = (bucket.pad(x[bucket.rows]).transpose(1, 2) for x in (query, key, value))
-        mask = None if bucket.full else bucket.mask[:, None, None]
-        answer = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        out[bucket.rows] = bucket.unpad(answer.transpose(1, 2))
-    return out
+    """Attention of each text of a packing to itself: three times [rounded ids, H, D] to one."""
+    return _PackedAttention.apply(query, key, value, packing, scale, dropout)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -162,7 +159,9 @@ class _PackedAttention(torch.autograd.Function):
             scores = q.mul_(scale) @ k.transpose(-1, -2)  # [n, H, T, T]
             if not bucket.full:
                 low = torch.finfo(scores.dtype).min
-                scores += torch.zeros_like(bucket.mask, dtype=scores.dtype).masked_fill_(~bucket.mask, low)[:, None, None]
+                scores += torch.zeros_like(bucket.mask, dtype=scores.dtype).masked_fill_(~bucket.mask, low)[
+                    :, None, None
+                ]
             weights = scores.softmax(dim=-1)
             kept.append(weights)
             if dropout > 0.0:
@@ -196,4 +195,7 @@ class _PackedAttention(torch.autograd.Function):
 
 def _by_head(bucket: Bucket, *packed: Tensor) -> list[Tensor]:
     """The bucket's part of each [ids, H, D], as a copy [n, H, T, D] laid out for matrix products."""
-    return [bucket.pad(x[bucket.rows]).transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in packed]
+    return [
+        bucket.pad(x[bucket.rows]).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        for x in packed
+    ]

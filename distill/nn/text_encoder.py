@@ -18,14 +18,13 @@ from distill.batch import Ragged
 from distill.errors import RecipeError
 from distill.hub.checkpoint import position_limit
 from distill.nn.cpu_serving import serving_copy
+from distill.nn.cpu_streams import in_streams, learn_in_streams, stream_count
 from distill.nn.cpu_training import prepare_for_cpu
-from distill.nn.cpu_streams import in_streams, learn_in_streams
 from distill.nn.packed import Packing, first_position, takes_packed
 from distill.nn.precision import native_bf16
 from distill.nn.tokenizer import TextTokenizer
 
-import os
-CHUNK_TOKENS = int(os.environ.get("CT","2048"))
+CHUNK_TOKENS = 2048  # of a chunk on a CPU: its activations stay near the core
 
 NOT_ITS_ANSWERS = ("dtype", "torch_dtype", "transformers_version")  # of a configuration
 
@@ -38,8 +37,9 @@ class TextEncoder(nn.Module):
     Texts are sorted by length and cut into chunks of about ``chunk_tokens`` padded ids, so that a chunk
     holds texts of nearly one length; the results come back in the order of the texts. With gradient, the
     word embeddings of all chunks are looked up at once (one dense gradient of the table per step, not one
-    per chunk). Without gradient and on a device with native bf16, a bf16 copy of the weights answers,
-    made again when the weights change.
+    per chunk); on a CPU, a transformer that can learns from texts without any padding (``packed.py``).
+    Without gradient and on a device with native bf16, a bf16 copy of the weights answers, made again when
+    the weights change.
 
     Args:
         backbone: A ``PreTrainedModel``.
@@ -102,13 +102,15 @@ class TextEncoder(nn.Module):
         return torch.cat(parts)[order.argsort()]
 
     def _packed(self, ids: Ragged, types: Ragged | None, head: Head) -> Tensor:
-        """As ``forward``, of texts end to end: chunks of about equal work, without padding but in attention."""
+        """As ``forward``, while learning on a CPU: texts end to end, in chunks of equal work."""
         backbone = self.backbone
         order = torch.argsort(ids.lengths, stable=True, descending=True)
-        chunks = max(1, round(len(ids.values) / (self.chunk_tokens or CHUNK_TOKENS)))
-        rows = [order[place::chunks] for place in range(min(chunks, len(ids)))]
+        chunks = min(chunk_count(len(ids.values), self.chunk_tokens or CHUNK_TOKENS), len(ids))
+        rows = [order[place::chunks] for place in range(chunks)]  # each has long and short ones
         packings = [Packing(ids.lengths[chosen]) for chosen in rows]
-        words = self._words(Ragged.stack([ids.select(chosen) for chosen in rows]).values)
+        self._half = None  # the weights are about to change; a fused optimiser does not mark them
+        shuffled = Ragged.stack([ids.select(chosen) for chosen in rows]).values.long()
+        words = backbone.get_input_embeddings()(shuffled)  # of all chunks: one gradient of the table
         first = first_position(backbone)
 
         def run(chunk: int, words: Tensor) -> Tensor:
@@ -126,11 +128,6 @@ class TextEncoder(nn.Module):
                 for bucket, padded in zip(packing.buckets, packing.padded(packed), strict=True):
                     parts.append(head(Hidden(padded), bucket.mask).float())
         return torch.cat(parts)[torch.cat(rows).argsort()]
-
-    def _words(self, ids: Tensor) -> Tensor:
-        """The word embeddings of ids [T]: [T, D]."""
-        self._half = None  # the weights are about to change; a fused optimiser does not mark them
-        return self.backbone.get_input_embeddings()(ids.long())
 
     def _embedded(self, ids: Ragged) -> Tensor:
         """The word embeddings of all ids, and a last row of zeros, which pads."""
@@ -199,6 +196,13 @@ class Hidden:
     """What a transformer says of padded texts, as a head reads it."""
 
     last_hidden_state: Tensor  # [n, T, D]
+
+
+def chunk_count(ids: int, budget: int) -> int:
+    """Into how many equal chunks so many ids go: about ``budget`` each, and as many for each stream."""
+    chunks, most = round(ids / budget), max(1, 2 * ids // budget)
+    streams = stream_count(most)
+    return max(1, min(-(-max(chunks, 1) // streams) * streams, most))
 
 
 def keep_layers(backbone: Any, layers: int | Sequence[int]) -> None:
