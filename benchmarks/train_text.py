@@ -7,10 +7,10 @@ WikiQA questions with 8 sentences each, KL on scores, AdamW, equal learning rate
 
 Each training is a process of its own, as a user's is: settings and memory that one side leaves behind would
 change the other's speed. The sides take turns: the peer with its defaults (float32) and with ``bf16=True``,
-ours with ``mixed_precision: auto`` and in float32, all with the checkpoint's dropout. Before, both train in float32
-without dropout, and their losses are compared step by step. Speed is real ids (of all texts of the groups,
-without padding) per second of training steps; the first steps, in which memory grows and kernels are made for
-new shapes, warm up and are not counted. ``--quick`` times fewer steps, once.
+ours with ``mixed_precision: auto`` and in float32, all with the checkpoint's dropout. Before, both train in
+float32 without dropout, and their losses are compared step by step. Speed is real ids (of all texts of the
+groups, without padding) per second of training steps; the first steps, in which memory grows and kernels are
+made for new shapes, warm up and are not counted. ``--quick`` times fewer steps, once.
 ``seconds_including_setup`` runs from groups of texts in memory to the last step: loading the model, making
 the data set, cutting texts into ids (ours: into an empty cache; the peer does it within each step),
 and the first steps.

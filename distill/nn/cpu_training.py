@@ -58,8 +58,8 @@ def attention(
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if packing is not None:
-        by_id = (x[0].transpose(0, 1) for x in (query, key, value))  # [ids, H, D] each
-        return packed_attention(*by_id, packing, scale, dropout)[None], None
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [ids, H, D] each
+        return packed_attention(q, k, v, packing, scale, dropout)[None], None
     plain = query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad
     causal = attention_mask is None and getattr(module, "is_causal", False)  # said by no mask
     special = causal or any(

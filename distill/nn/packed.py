@@ -63,6 +63,11 @@ class Bucket:
     def full(self) -> bool:
         return bool(self.mask.all())
 
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """What takes the weight from padded keys when added to scores: [n, 1, 1, T]."""
+        bias = torch.zeros(self.mask.shape, dtype=dtype)
+        return bias.masked_fill_(~self.mask, torch.finfo(dtype).min)[:, None, None]
+
     @cached_property
     def _real(self) -> Tensor:
         """The padded place of each id: [ids]."""
@@ -158,10 +163,7 @@ class _PackedAttention(torch.autograd.Function):
             q, k, v = _by_head(bucket, query, key, value)
             scores = q.mul_(scale) @ k.transpose(-1, -2)  # [n, H, T, T]
             if not bucket.full:
-                low = torch.finfo(scores.dtype).min
-                scores += torch.zeros_like(bucket.mask, dtype=scores.dtype).masked_fill_(~bucket.mask, low)[
-                    :, None, None
-                ]
+                scores += bucket.bias(scores.dtype)
             weights = scores.softmax(dim=-1)
             kept.append(weights)
             if dropout > 0.0:

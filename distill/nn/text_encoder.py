@@ -115,11 +115,11 @@ class TextEncoder(nn.Module):
 
         def run(chunk: int, words: Tensor) -> Tensor:
             packing = packings[chunk]
-            given = {"inputs_embeds": packing.rounded(words)[None], "packing": packing}
-            given["position_ids"] = packing.rounded(packing.positions + first)[None]
+            positions = packing.rounded(packing.positions + first)
+            given = {"inputs_embeds": packing.rounded(words)[None], "position_ids": positions[None]}
             if types is not None:
                 given["token_type_ids"] = packing.rounded(types.select(rows[chunk]).values.long())[None]
-            return backbone(**given).last_hidden_state[0]
+            return backbone(**given, packing=packing).last_hidden_state[0]
 
         hidden = learn_in_streams(run, words.split([int(p.lengths.sum()) for p in packings]), backbone)
         parts = []
