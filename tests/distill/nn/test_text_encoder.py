@@ -95,6 +95,26 @@ def test_learning_in_bf16_gives_nearly_the_gradient_of_float32(family, texts):
             assert torch.cosine_similarity(gradients[1][name].flatten(), exact.flatten(), dim=0) > 0.99, name
 
 
+def test_two_trainings_from_one_seed_are_equal_bit_for_bit(family, texts):
+    """With dropout, and several chunks at a time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for seed in (1, 1, 2):
+            ours = TextEncoder(
+                load_backbone(AutoModel, family("bert")), TextTokenizer.from_pretrained(family("bert")), 8
+            ).train()
+            torch.manual_seed(seed)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                ours(framed(ours, texts), None, mean).square().sum().backward()
+            found.append([p.grad for p in ours.parameters() if p.grad is not None])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True))
+
+
 def test_learning_packed_gives_segments_their_gradient(family):
     """Segments follow their texts into the chunks."""
     found = []
