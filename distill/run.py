@@ -305,6 +305,7 @@ class _Run:
             "steps": progress.steps,
             "best_step": progress.best_step,
             "dev": progress.dev,
+            "cost": progress.cost(),
             "models": measures,
             "comparison": self._comparison(evaluations),
         }

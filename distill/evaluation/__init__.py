@@ -15,7 +15,7 @@ from distill.evaluation.metrics import (
 )
 from distill.evaluation.scoring import PairScorer, score_listed
 from distill.evaluation.search import search, top
-from distill.evaluation.significance import Comparison, compare
+from distill.evaluation.significance import Comparison, compare, detectable, holm, power
 
 __all__ = [
     "Comparison",
@@ -26,12 +26,15 @@ __all__ = [
     "Run",
     "check_measurable",
     "compare",
+    "detectable",
     "evaluate_model",
     "fidelity",
     "fit_threshold",
     "higher_is_better",
+    "holm",
     "pairs",
     "parse_metric",
+    "power",
     "queries_per_second",
     "ranking",
     "score_listed",
