@@ -80,7 +80,7 @@ class Ablation:
         steps: dict[str, int | None] = {}
         for data, recipe in recipes.plain.items():
             plan = None if recipe.train.steps else self._plan(recipe, study.recipe, mistakes, known)
-            steps[data] = recipe.train.steps or (plan and plan.steps)
+            steps[data] = recipe.train.steps if plan is None else plan.steps
         plans = []
         for (data, name), recipe in recipes.variants.items():
             if (plan := self._plan(recipe, f"variants.{name}", mistakes, known)) is not None:

@@ -75,7 +75,7 @@ def tabulate(
         measured: What the finished cells reached.
         resamples: Of each interval and each test.
     """
-    sets = {
+    sets: dict[str, dict[str, Any]] = {
         data: {
             "metrics": list(names),
             "variants": {

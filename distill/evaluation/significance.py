@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -117,25 +119,28 @@ def power(difference: float, spread: float, queries: int, alpha: float = 1 - CON
     Args:
         spread: Standard deviation of the queries' differences.
     """
-    freedom = queries - 1
-    limit = scipy.stats.t.ppf(1 - alpha / 2, freedom)
-    shift = abs(difference) * np.sqrt(queries) / spread
-    found = scipy.stats.nct.sf(limit, freedom, shift) + scipy.stats.nct.cdf(-limit, freedom, shift)
-    return float(found)
+    return _found(abs(difference) * math.sqrt(queries) / spread, queries, alpha)
 
 
 def detectable(spread: float, queries: int, alpha: float = 1 - CONFIDENCE, likely: float = POWER) -> float:
     """The smallest true difference that the test would find with a probability of ``likely``."""
-    if spread == 0:
-        return 0.0
-    unit = spread / np.sqrt(queries)
-    most = 2.0
-    while power(most * unit, spread, queries, alpha) < likely:
+    return _shift_found(queries, alpha, likely) * spread / math.sqrt(queries)
+
+
+def _found(shift: float, queries: int, alpha: float) -> float:
+    """The power for a difference of ``shift`` standard errors."""
+    freedom = queries - 1
+    limit = scipy.stats.t.ppf(1 - alpha / 2, freedom)
+    wrong_side = np.nan_to_num(scipy.stats.nct.cdf(-limit, freedom, shift))  # scipy: nan where it is tiny
+    return float(scipy.stats.nct.sf(limit, freedom, shift) + wrong_side)
+
+
+@functools.lru_cache
+def _shift_found(queries: int, alpha: float, likely: float) -> float:
+    most = 4.0
+    while _found(most, queries, alpha) < likely:
         most *= 2  # few queries: the limit of the test is far out
-    found = scipy.optimize.brentq(
-        lambda shift: power(shift * unit, spread, queries, alpha) - likely, 0.0, most
-    )
-    return float(found * unit)
+    return float(scipy.optimize.brentq(lambda shift: _found(shift, queries, alpha) - likely, 0.0, most))
 
 
 def _aligned(a: pd.DataFrame, b: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray]:
