@@ -73,6 +73,14 @@ def run(
 def check(
     recipe: RecipeName,
     overrides: Overrides = None,
+    sample: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Ask frozen teachers about the lists of so many queries of train and of dev, and say how "
+            "healthy they are; what they answer is kept. 0: ask nothing.",
+        ),
+    ] = 64,
     trust: Trust = None,
     runs: RunsFolder = RUNS,
     debug: Debug = False,
@@ -102,6 +110,8 @@ def check(
             f"columns: queries {', '.join(queries) or 'none'}; candidates {', '.join(candidates) or 'none'}"
         )
         print("\n".join([plan.training(), *plan.costs(all_runs.judged(plan))]))
+        if sample:
+            _checkup(*all_runs.checkup(plan, sample))
 
 
 @app.command()
@@ -288,6 +298,16 @@ def search(
         if not asked:
             raise UserError("no query: give one as an argument, or one per line of stdin.")
         _answer(folder, asked, k, model, runs)
+
+
+def _checkup(patients: Sequence[Any], warnings: Sequence[str]) -> None:
+    """The health of teachers: their figures, then what is wrong, in words."""
+    from distill.checkup import HEADER
+
+    if patients:
+        print_table(HEADER, [patient.row() for patient in patients], text_columns=3)
+    for line in warnings:
+        print(f"warning: {line}")
 
 
 def _check_study(spec: str, overrides: Sequence[str], runs: Any) -> None:

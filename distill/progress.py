@@ -42,6 +42,7 @@ class Progress:
     tokens: int = 0  # ids in its batches
     asked: dict[str, int] = field(default_factory=dict)  # teacher -> texts and pairs it was asked about
     answers: dict[str, int] = field(default_factory=dict)  # teacher -> those heard, each once
+    health: dict[str, Any] = field(default_factory=dict)  # of the frozen teachers, as they were at the start
 
     def cost(self) -> dict[str, Any]:
         """What the training cost, for ``metrics.json``.

@@ -24,6 +24,7 @@ import torch
 from ruamel.yaml import YAML
 
 from distill.build import Builder
+from distill.checkup import Patient, checkup
 from distill.data.judged import Judged
 from distill.errors import DataError, RecipeError, RunError
 from distill.evaluation import Evaluation
@@ -142,17 +143,29 @@ class Runs:
 
     def judged(self, plan: Plan) -> dict[tuple[str, str], int]:
         """How many texts or pairs of each (data set, teacher) the store knows before this recipe is run."""
-        unmade = {
-            name
-            for name, node in plan.recipe.models.items()
-            if isinstance(made := node.get("checkpoint"), Mapping)
-            and "run" in made
-            and not (self.folder / load_recipe(made["run"]).name / FINISHED).exists()
-        }
+        unmade = self._unmade(plan.recipe)
         if not store_folder().is_dir():
             return {}
         scoring = Scoring(plan.recipe, self._builder(self._configuration_of), plan.data, mend=False)
         return {place: 0 if place[1] in unmade else known for place, (_, known) in scoring.counts().items()}
+
+    def checkup(self, plan: Plan, queries: int) -> tuple[list[Patient], list[str]]:
+        """The health of the frozen teachers that are there, asked about the lists of so many queries."""
+        if not set(plan.graph.nodes) - plan.graph.trained:
+            return [], []
+        builder, unmade = self._builder(self._configuration_of), self._unmade(plan.recipe)
+        scoring = Scoring(plan.recipe, builder, plan.data, mend=False)
+        return checkup(scoring.graph, plan.data, plan.recipe.train.store, queries, unmade)
+
+    def _unmade(self, recipe: Recipe) -> set[str]:
+        """The models that are to come from runs that are not finished."""
+        return {
+            name
+            for name, node in recipe.models.items()
+            if isinstance(made := node.get("checkpoint"), Mapping)
+            and "run" in made
+            and not (self.folder / load_recipe(made["run"]).name / FINISHED).exists()
+        }
 
     def model_of(self, name: str) -> Path:
         """The model that another recipe leaves; it is run first if no finished run is there."""
@@ -315,6 +328,7 @@ class _Run:
             "best_step": progress.best_step,
             "dev": progress.dev,
             "cost": progress.cost(),
+            "health": progress.health,
             "models": measures,
             "comparison": self._comparison(evaluations),
         }

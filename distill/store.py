@@ -213,7 +213,7 @@ class TeacherMemory:
         listener, axis, source = question.listener, question.axis, question.listener.source
         node, signal = listener.node, listener.signals[axis]
         if axis == "pair":
-            batch = _of_pairs(source, question.queries, question.candidates)
+            batch = of_pairs(source, question.queries, question.candidates)
         else:
             batch = source.gather(question.queries, question.candidates)
         batch = batch.to(node.device).view(*([c.key for c in columns] for columns in node.reads))
@@ -374,7 +374,7 @@ def _with_given(listener: Listener, said: Outputs, batch: Batch) -> Outputs:
     return said.with_(scores=scores)
 
 
-def _of_pairs(source: TextSource, queries: Tensor, candidates: Tensor) -> Batch:
+def of_pairs(source: TextSource, queries: Tensor, candidates: Tensor) -> Batch:
     """A batch that lists n pairs of rows, in their order; pairs of one query stand together."""
     asked, counts = queries.unique_consecutive(return_counts=True)
     distinct, place = candidates.unique(return_inverse=True)

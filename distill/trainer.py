@@ -22,6 +22,7 @@ from distill.checkpoint import (
     save_checkpoint,
     save_parameters,
 )
+from distill.checkup import health_at_start
 from distill.data.source import Source
 from distill.errors import DataError, RecipeError, RunError
 from distill.evaluation import higher_is_better
@@ -238,6 +239,7 @@ class Trainer:
         if self._recalled is None:
             memory = TeacherMemory(self.graph, text_sources(self.source), self.settings.store)
             memory.fill(self._interrupted.is_set)
+            self.progress.health = health_at_start(memory)
             self._recalled = RecalledBatches(memory, self.source)
             self._spent = (self.progress.asking, Counter(self.progress.asked))
         batch = self._recalled.batch(epoch, step)
