@@ -98,7 +98,7 @@ def checkup(
             memory = TeacherMemory(graph, {name: source}, precision, mend=False)
             memory.listeners = [one for one in memory.listeners if one.name not in without]
             memory.fill()
-            patients += _patients(memory, split, queries)
+            patients += _patients(memory, split, len(sample.queries))
     return patients, list(_warnings(graph, patients))
 
 
@@ -112,6 +112,7 @@ def sample_of(judged: Judged, queries: int) -> Judged | None:
     having = (lists.rows.lengths > 0).nonzero()[:, 0]
     if not len(having):
         return None
+    queries *= FILLED if judged.task == "pairs" else 1  # lists of one: as many pairs as elsewhere
     generator = generator_of(0, len(having))
     chosen = having[torch.randperm(len(having), generator=generator)[:queries]].sort().values
     rows = lists.rows.select(chosen).truncate(LONGEST)
@@ -192,7 +193,7 @@ def _warnings(graph: DistillationGraph, patients: Sequence[Patient]) -> Iterator
             continue
         where = f"models.{name}" + (f" on {data}" if data != "data" else "")
         held_out = of.get((name, data, "dev"))
-        for line in ailments(one.health, held_out and held_out.health):
+        for line in ailments(one.health, None if held_out is None else held_out.health):
             yield f"{where}: {line}."
         for arrow in graph.arrows if one.health.in_list <= SHARP else ():
             temperature = getattr(arrow.objective, "teacher_temperature", None)

@@ -329,6 +329,24 @@ def test_without_matplotlib_there_is_everything_but_the_plot(here, monkeypatch):
     }  # fmt: skip
 
 
+def test_as_many_run_at_a_time_as_memory_holds_once_it_is_known_what_one_takes(here, monkeypatch):
+    """Nothing is known before the first has ended; a cell that was measured before counts too."""
+    asked: list[int] = []
+
+    def looked_at(jobs, room, finished, environment):
+        for place, peak in enumerate((400, 1100)):
+            asked.append(room())
+            folder = here.runs / jobs[place].about.recipe.name
+            folder.mkdir(parents=True)
+            (folder / "metrics.json").write_text(json.dumps({"cost": {"peak_memory_mb": peak}}))
+        asked.append(room())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distill.ablate.run_jobs", looked_at)
+    assert here("ablate", "--jobs", "4", "--memory", "2.5").code == 1
+    assert asked == [1, 4, 2]
+
+
 @pytest.mark.slow
 def test_cells_run_side_by_side_end_as_one_after_the_other(here):
     """In processes of their own: equal losses, the teacher asked before, a failure told from its log."""

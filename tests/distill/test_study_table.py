@@ -96,7 +96,9 @@ def test_all_comparisons_of_a_metric_count_and_the_winners_alone_does_not():
         for data in ("x", "y")
         for place, (name, dev) in enumerate(zip(variants, (0.9, 0.3, 0.2, 0.8), strict=True))
     }
-    found = tabulate("s", variants, {"x": ["MAP"], "y": ["MAP"]}, measured, resamples=999)["data"]
+    results = tabulate("s", variants, {"x": ["MAP"], "y": ["MAP"]}, measured, resamples=999)
+    assert [row[:2] for row in table(results)[1]] == [[d, name] for d in ("x", "y") for name in variants]
+    found = results["data"]
     tests = [found[d]["variants"][name]["tests"]["MAP"] for d in ("x", "y") for name in ("a", "b", "c")]
     assert [test["p_holm"] for test in tests] == holm([test["p_value"] for test in tests])
     winners = [found[data]["winner"] for data in ("x", "y")]
