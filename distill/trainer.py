@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from distill.checkpoint import (
     save_checkpoint,
     save_parameters,
 )
+from distill.checkup import health_at_start
 from distill.data.source import Source
 from distill.errors import DataError, RecipeError, RunError
 from distill.evaluation import merit
@@ -148,8 +150,10 @@ class Trainer:
         tokens, since = 0, time.monotonic()
         saved = since
         while p.step < p.steps and not p.stopped:
+            began = time.monotonic() - self._asking
             losses, norm, read = self._step()
             tokens += read
+            self._spend(time.monotonic() - self._asking - began, read)
             for name, loss in losses.items():
                 said[name] = loss
             p.step += 1
@@ -247,9 +251,25 @@ class Trainer:
         if self._recalled is None:
             memory = TeacherMemory(self.graph, judged_sources(self.source), self.settings.store)
             memory.fill(self._interrupted.is_set)
+            self.progress.health = health_at_start(memory)
             self._recalled = RecalledBatches(memory, self.source)
+            self._spent = (self.progress.asking, Counter(self.progress.asked))
         batch = self._recalled.batch(epoch, step)
         return batch.to(self.accelerator.device)
+
+    @property
+    def _asking(self) -> float:
+        """Seconds in which this process asked what the teacher store keeps."""
+        return self._recalled.memory.seconds if self._recalled is not None else 0.0
+
+    def _spend(self, seconds: float, tokens: int) -> None:
+        """Add what a step cost, and what the teachers were asked until then."""
+        assert self._recalled is not None
+        p, memory, (asking, asked) = self.progress, self._recalled.memory, self._spent
+        p.seconds, p.tokens = p.seconds + seconds, p.tokens + tokens
+        p.asking, p.asked = asking + memory.seconds, dict(asked + memory.asked)
+        heard = memory.answers
+        p.answers = {name: max(heard[name], p.answers.get(name, 0)) for name in heard | Counter(p.answers)}
 
     def _measure(self) -> None:
         assert self.evaluate is not None

@@ -17,7 +17,7 @@ from distill.evaluation.pair_metrics import fit_threshold, pairs
 from distill.evaluation.references import REFERENCES, evaluate_reference
 from distill.evaluation.scoring import PairScorer, score_listed
 from distill.evaluation.search import search, top
-from distill.evaluation.significance import Comparison, compare
+from distill.evaluation.significance import Comparison, compare, detectable, holm, power
 
 __all__ = [
     "REFERENCES",
@@ -30,14 +30,17 @@ __all__ = [
     "Run",
     "check_measurable",
     "compare",
+    "detectable",
     "evaluate_model",
     "evaluate_reference",
     "fidelity",
     "fit_threshold",
     "higher_is_better",
+    "holm",
     "merit",
     "pairs",
     "parse_metric",
+    "power",
     "queries_per_second",
     "ranking",
     "score_listed",
