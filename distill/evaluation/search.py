@@ -73,15 +73,19 @@ def search_maxsim(queries: Ragged, candidates: Ragged, k: int) -> tuple[Tensor, 
     """``search`` by MaxSim of token vectors, rows of [., D] each: scores and rows [n, min(k, m)]."""
     _check_finite(queries.values, "query token")
     _check_finite(candidates.values, "candidate token")
-    keys = [torch.empty(0, min(k, len(candidates)), dtype=torch.int64)]
+    depth = min(k, len(candidates))
+    scores, rows = [torch.empty(0, depth)], [torch.empty(0, depth, dtype=torch.int64)]
     for part in torch.arange(len(queries)).split(64):
-        asked, best = queries.select(part), torch.empty(len(part), 0, dtype=torch.int64)
-        for rows in torch.arange(len(candidates)).split(1024):
-            found = _packed(maxsim_all(asked, candidates.select(rows)), int(rows[0]))
-            best = torch.cat([best, found], dim=1)
-            best = best.topk(min(k, best.shape[1])).values
-        keys.append(best)
-    return _unpacked(torch.cat(keys))
+        asked = queries.select(part)
+        best, place = torch.empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.int64)
+        for chunk in torch.arange(len(candidates)).split(1024):
+            found, columns = top(maxsim_all(asked, candidates.select(chunk)), k)
+            best, place = torch.cat([best, found], dim=1), torch.cat([place, columns + chunk[0]], dim=1)
+            best, columns = top(best, k)  # of equal ones the earlier chunk's stand first
+            place = place.gather(1, columns)
+        scores.append(best)
+        rows.append(place)
+    return torch.cat(scores), torch.cat(rows)
 
 
 def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
