@@ -10,6 +10,7 @@ from distill.errors import DataError
 from distill.maxsim import maxsim_all
 
 _BLOCK = 2**23  # scores held at a time
+_NEAR = 2**20  # scores that a processor keeps near it, while they are read several times
 
 
 def search(
@@ -109,7 +110,8 @@ def places(
     device, candidates = query_vectors.device, candidate_vectors.to(query_vectors.device, torch.float32)
     columns = torch.arange(len(candidates), device=device)
     found = [torch.empty(0, dtype=torch.int64, device=device)]
-    for start in range(0, len(query_vectors), block := max(1, _BLOCK // max(len(candidates), 1))):
+    block = max(16, _NEAR // max(len(candidates), 1))
+    for start in range(0, len(query_vectors), block):
         queries = query_vectors[start : start + block].float()
         scores = queries @ candidates.T
         if seen is not None:
