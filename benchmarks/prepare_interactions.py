@@ -122,7 +122,7 @@ def peak_gb() -> float:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    sizes = SIZES[:2] if arguments.quick else SIZES
+    sizes = arguments.sizes or (SIZES[:2] if arguments.quick else SIZES)
     rounds = arguments.rounds or (1 if arguments.quick else 3)
     figures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -182,6 +182,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="1 and 3 million rows, one round")
+    parser.add_argument("--sizes", type=int, nargs="+", help="rows of each size (1, 3 and 10 million)")
     parser.add_argument("--rounds", type=int, help="how often the sides take turns at each size (3)")
     parser.add_argument(
         "--output", type=Path, help="also write the JSON here; a bare name: benchmarks/results/"

@@ -64,14 +64,14 @@ def _recipes() -> Iterator[tuple[str, str]]:
 
 def _classes(package: str, kind: str) -> Iterator[tuple[str, str]]:
     """The classes of a package that a recipe can name for this, by their import path."""
-    from distill.data import DataSet, Negatives
+    from distill.data import DataSet, Negatives, Topics
     from distill.model import Model
     from distill.objectives import Objective
 
     bases: dict[str, tuple[type, ...]] = {
         "objectives": (Objective,),
         "models": (Model,),
-        "data": (DataSet, Negatives),
+        "data": (DataSet, Negatives, Topics),
     }
     module = importlib.import_module(package)
     for name in module.__all__:

@@ -17,8 +17,9 @@ TIMED = 512  # queries whose encoding is timed
 
 
 def can_be_measured(model: Model) -> bool:
-    """Whether it can search, or at least put candidates in order."""
-    return isinstance(model, Encoder) or (hasattr(model, "score_pairs") and "scores" in model.provides)
+    """Whether it can search, or at least put candidates in order, by what it knows when it serves."""
+    scorer = hasattr(model, "score_pairs") and "scores" in model.provides
+    return model.measurable and (isinstance(model, Encoder) or scorer)
 
 
 def why_not(model: Model, judged: Judged, first: Model | None = None) -> str:

@@ -28,6 +28,9 @@ class Model(nn.Module, ABC):
     shares: ClassVar[frozenset[str]] = frozenset()  # attributes that `ref: node.attribute` may name
     of: tuple[str, ...] = ()  # names of the nodes this one is built from
     recorded: ClassVar[bool] = False  # only what it said elsewhere is known: it cannot be asked
+    by_data: tuple[str, ...] = ()  # names of data sets that it treats in ways of their own
+    labelled: bool = False  # reads the labels: it can teach only where there are some
+    measurable: bool = True  # False: what it says of a pair depends on the batch too (labels, the data set)
 
     @property
     @abstractmethod
@@ -75,8 +78,15 @@ class Model(nn.Module, ABC):
         """What a node built from others asks of them, to answer ``needs``."""
         return needs
 
+    def knows(self, batch: Batch) -> Tensor | None:
+        """Which listed pairs it gives a score to, by the batch alone: [B, N] bool; None: all of them.
+
+        Of the others its arrows say nothing.
+        """
+        return None
+
     def represent_of(self, heard: Mapping[str, Outputs], batch: Batch, needs: Needs) -> Outputs:
-        """``represent`` of a node built from others: ``heard`` is what each of ``self.of`` said."""
+        """``represent`` of a node built from others: ``heard`` is what each of ``self.of`` answered."""
         raise NotImplementedError(f"{type(self).__name__} cannot be built `of` another node.")
 
     @abstractmethod

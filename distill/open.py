@@ -17,6 +17,7 @@ from distill.model import Model
 # Named as text, as a recipe does: the framework imports neither package.
 ENCODER, CROSS_ENCODER, COLBERT = "students.BiEncoder", "teachers.CrossEncoder", "teachers.ColBERT"
 OVER_FEATURES = ("students.TwoTower", "teachers.PrivilegedRanker", "teachers.GradientBoosting")
+BUILT = {"Concatenation": "teachers.Concatenation", "Ensemble": "teachers.Ensemble"}  # from other models
 
 
 def open_model(spec: str | Path, runs: str | Path = "runs") -> Model:
@@ -44,8 +45,8 @@ def model_folder(spec: str | Path, runs: str | Path = "runs") -> Path:
 def class_of(folder: Path) -> str:
     """Which class opens a model folder.
 
-    A model over features says so itself. An encoder of a vector per token (a MultiVectorEncoder of
-    sentence-transformers, a ColBERT) is a ColBERT, a classifier (an architecture
+    A model over features, or built from other models, says so itself. An encoder of a vector per token (a
+    MultiVectorEncoder of sentence-transformers, a ColBERT) is a ColBERT, a classifier (an architecture
     ``...ForSequenceClassification``, or a CrossEncoder of sentence-transformers) is a cross-encoder, all else
     an encoder.
     """
@@ -61,6 +62,8 @@ def class_of(folder: Path) -> str:
     if (folder / "modules.json").is_file():
         return ENCODER
     architectures = read_json(folder / "config.json").get("architectures") or []
+    if architectures and architectures[0] in BUILT:
+        return BUILT[architectures[0]]
     return CROSS_ENCODER if any("SequenceClassification" in name for name in architectures) else ENCODER
 
 

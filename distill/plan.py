@@ -105,6 +105,8 @@ class Plan:
             for sampler in source.negatives:
                 told = sampler.costs(self.graph, source.judged, source.query_rows)
                 lines += [f"{where}{line}" for line in told]
+            if source.topics is not None:
+                lines.append(f"{where}{source.topics.costs(source.judged)}")
         return lines
 
     def _costs(self, name: str, source: JudgedSource, where: str, judged: int | None) -> Iterator[str]:
@@ -276,6 +278,8 @@ def check_samplers(source: Source, graph: DistillationGraph) -> None:
         for i, sampler in enumerate(part.negatives):
             for problem in sampler.problems(graph, part.judged):
                 mistakes.add(f"{place}.negatives[{i}].{problem}")
+        for problem in part.topics.problems(graph, part.judged) if part.topics is not None else ():
+            mistakes.add(f"{place}.topics.{problem}")
     mistakes.report()
 
 

@@ -161,8 +161,11 @@ class Runs:
             )  # fmt: skip
         return folder / recipe.keep
 
-    def _configuration_of(self, name: str) -> str | Path:
-        """A checkpoint of the same architecture as the model that another recipe leaves, or will leave."""
+    def _configuration_of(self, name: str) -> str | Path | None:
+        """A checkpoint of the same architecture as the model that another recipe leaves, or will leave.
+
+        None: it will be there, but is made from no checkpoint.
+        """
         runs, recipe = self._asked(name), load_recipe(name)
         folder = self.folder / recipe.name / recipe.keep
         if (folder / "config.json").exists() or (folder / "modules.json").exists():
@@ -178,7 +181,7 @@ class Runs:
             raise RecipeError(f"{path} need each other's models (`run:`), so none can be trained first.")
         return replace(self, asked_by=(*self.asked_by, name))
 
-    def _builder(self, run_folder: Callable[[str], str | Path] | None) -> Builder:
+    def _builder(self, run_folder: Callable[[str], str | Path | None] | None) -> Builder:
         return Builder(self.trusted, run_folder)
 
     def _changed(self, recipe: Recipe, folder: Path) -> list[str]:
@@ -360,6 +363,8 @@ class _Run:
 
 def _kind_of(model: Model) -> Kind:
     """What a model card calls it."""
+    if hasattr(model, "parts"):
+        return "combined"
     if hasattr(model, "features"):
         return "recommender"
     if not isinstance(model, Encoder):

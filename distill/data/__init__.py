@@ -24,6 +24,7 @@ from distill.data.tables import RawTable, read_table
 from distill.data.text_data import TextData
 from distill.data.texts import Texts
 from distill.data.tokens import tokenized
+from distill.data.topics import Topics
 
 __all__ = [
     "BM25Negatives",
@@ -59,6 +60,7 @@ __all__ = [
     "TextSource",
     "TextTable",
     "Texts",
+    "Topics",
     "Visits",
     "read_table",
     "summary",

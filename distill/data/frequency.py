@@ -40,7 +40,7 @@ class StreamingFrequency:
     """
 
     def __init__(
-        self, buckets: int, hashes: int = 1, rate: float = 0.01, start: float = 100.0, seed: int = 0
+        self, buckets: int = 2**20, hashes: int = 1, rate: float = 0.01, start: float = 100.0, seed: int = 0
     ):
         if buckets < 1 or hashes < 1:
             raise ValueError(f"buckets ({buckets}) and hashes ({hashes}) must be at least 1.")

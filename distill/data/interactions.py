@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,6 +65,9 @@ class InteractionData(DataSet):
         return torch.from_numpy(np.bincount(data.log.items[kept], minlength=len(data.items)))
 
     def read(self, name: str) -> Judged:
+        return replace(self._judged(name), popularity=self.popularity)
+
+    def _judged(self, name: str) -> Judged:
         data, where = self._prepared[0], f"{type(self).__name__} ({name})"
         if self.settings.task == "pairs":
             return pairs(data, name, self.settings.width, where)

@@ -147,15 +147,17 @@ class Judged:
 def summary(judged: Judged) -> dict[str, int | float]:
     """The sizes of a split, for the ``check`` command and for a reader's eye."""
 
-    def mean_words(table: Table) -> float:
-        words = sum(len(text.split()) for text in table.texts) if isinstance(table, TextTable) else 0
+    def mean_words(table: TextTable) -> float:
+        words = sum(len(text.split()) for text in table.texts)
         return round(words / len(table), 1) if len(table) else 0.0
 
-    return {
+    sizes: dict[str, int | float] = {
         "queries": len(judged.queries),
         "candidates": len(judged.candidates),
         "listed": len(judged.listed.values),
         "positives": 0 if judged.labels is None else int((judged.labels > 0).sum()),
-        "words per query": mean_words(judged.queries),
-        "words per candidate": mean_words(judged.candidates),
     }
+    if isinstance(judged.queries, TextTable) and isinstance(judged.candidates, TextTable):
+        sizes["words per query"] = mean_words(judged.queries)
+        sizes["words per candidate"] = mean_words(judged.candidates)
+    return sizes

@@ -17,6 +17,7 @@ from distill.data.judged import Judged, Table, TextTable
 from distill.data.lists import Lists
 from distill.data.negatives import Negatives
 from distill.data.tokens import tokenized
+from distill.data.topics import Topics
 from distill.errors import UserError
 from distill.outputs import Outputs
 
@@ -116,6 +117,7 @@ class JudgedSource(Source):
         if with_positive and not (self.lists.positives > 0).any():
             raise ValueError(f"{judged.name}: with_positive leaves nothing, no query has a positive.")
         self.width = min(candidates, self.lists.longest + sum(sampler.count for sampler in self.listing))
+        self.topics: Topics | None = None  # whoever sets them has batches of one topic
         self._ready = False
         self._order: tuple[int, Tensor] | None = None
 
@@ -151,6 +153,11 @@ class JudgedSource(Source):
     ) -> dict[str, float]:
         if not self._ready:
             self.prepare()
+        if self.topics is not None:
+            try:
+                self.topics.refresh(graph, self.judged, folder, self.seed)
+            except UserError as error:
+                raise type(error)(f"{self.name}.{error}") from error
         figures: dict[str, float] = {}
         for i, sampler in enumerate(self.negatives):
             where = f"negatives[{i}]"
@@ -187,9 +194,12 @@ class JudgedSource(Source):
 
     def _shuffled(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
-            rows = self._rows
-            order = torch.randperm(len(rows), generator=generator_of(self.seed, 0, epoch))
-            self._order = (epoch, rows[order])
+            rows, generator = self._rows, generator_of(self.seed, 0, epoch)
+            if self.topics is not None:
+                order = self.topics.ordered(rows, self.batch_size, generator)
+            else:
+                order = rows[torch.randperm(len(rows), generator=generator)]
+            self._order = (epoch, order)
         return self._order[1]
 
     def _of_queries(self, rows: Tensor, epoch: int, step: int) -> Batch:

@@ -42,7 +42,20 @@ class VectorScorer(Protocol):
     def encode_candidates(self, candidates: Any, progress: bool = False) -> Tensor: ...
 
 
-Measured = VectorScorer | PairScorer
+class Combined(Protocol):
+    """A model made of others, whose scores of a query's whole list it puts together."""
+
+    parts: Mapping[str, Any]
+
+    def combined(self, said: Mapping[str, Tensor], query: Tensor) -> Tensor:
+        """Scores [T] of T pairs, from those [T] of each part; ``query`` [T] says whose list a pair is on."""
+
+
+def is_combined(model: Any) -> TypeGuard[Combined]:
+    return hasattr(model, "combined")
+
+
+Measured = VectorScorer | PairScorer | Combined
 
 
 def score(
@@ -65,6 +78,9 @@ def score(
         parts = zip(q.split(2**14), c.split(2**14), strict=True)
         products = torch.cat([torch.empty(0), *((queries[i] * candidates[j]).sum(dim=1) for i, j in parts)])
         return products * torch.as_tensor(model.scale()).detach().cpu()
+    if is_combined(model):
+        told = {n: score(part, judged, query, candidate, progress, pair) for n, part in model.parts.items()}
+        return model.combined(told, query)
     scorer, wanted = cast(PairScorer, model), pair_columns(model)
     if wanted and (pair is None or not set(wanted) <= pair.keys()):
         raise DataError(

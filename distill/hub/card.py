@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from distill.errors import UserError
 
-Kind = Literal["encoder", "multi_vector", "cross_encoder", "recommender"]
+Kind = Literal["encoder", "multi_vector", "cross_encoder", "recommender", "combined"]
 # library_name, pipeline_tag, further tags
 _HUB_WORDS: dict[str, tuple[str, str | None, list[str]]] = {
     "encoder": (
@@ -27,6 +27,7 @@ _HUB_WORDS: dict[str, tuple[str, str | None, list[str]]] = {
     ),
     "cross_encoder": ("sentence-transformers", "text-ranking", ["sentence-transformers", "cross-encoder"]),
     "recommender": ("distill", None, ["recommendation"]),
+    "combined": ("distill", None, []),
 }
 _USE_ELSEWHERE = {
     "encoder": """\
@@ -96,7 +97,7 @@ def model_card(
     library, pipeline, tags = _HUB_WORDS[kind]
     measured = [
         EvalResult(
-            task_type=pipeline or "recommendation",
+            task_type=pipeline or ("recommendation" if kind == "recommender" else "text-ranking"),
             dataset_type=_hub_name(dataset) or _slug(dataset) or "unknown",
             dataset_name=dataset or "unknown",
             metric_type=_slug(metric),
@@ -165,6 +166,7 @@ def _what_it_is(kind: Kind, recipe: Mapping[str, Any], student: str, base_model:
         "multi_vector": "A text encoder for search by late interaction: each token becomes a vector",
         "cross_encoder": "A cross-encoder for ranking: it scores a query and a passage read together",
         "recommender": "A recommender: users and items become vectors to compare",
+        "combined": "Several models as one: the folder says by which rule, and where they are",
     }
     teachers = [name for name in recipe.get("models", {}) if name != student]
     lines = [f"{words[kind]}."]
@@ -214,7 +216,10 @@ def _usage(name: str, kind: Kind, recipe: Mapping[str, Any], student: str) -> li
     if kind in _USE_ELSEWHERE:
         texts += ["With sentence-transformers:", f"```python\n{_USE_ELSEWHERE[kind].format(path=name)}\n```"]
     package, _, used = str(recipe.get("models", {}).get(student, {}).get("type", "")).rpartition(".")
-    if package:
+    if kind == "combined":
+        lines = ["from distill.open import open_model", "", f'model = open_model("{name}")']
+        texts += ["With Distill:", "```python\n" + "\n".join(lines) + "\n```"]
+    elif package:
         opened = f'{used}.from_pretrained("{name}")'
         lines = [f"from {package} import {used}", "", f"model = {opened}"]
         if kind in _USE_HERE:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from distill.nn.cpu_training import Dropout, LayerNorm
+from distill.nn.cpu_training import LayerNorm
+from distill.nn.dropout import Dropout
 
 Activation = Literal["relu", "prelu", "gelu", "silu"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {

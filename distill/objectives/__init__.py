@@ -9,12 +9,16 @@ from distill.objectives.bpr import BPR
 from distill.objectives.calibrated_list import CalibratedList
 from distill.objectives.cross_entropy import CrossEntropy
 from distill.objectives.embedding_match import EmbeddingMatch
+from distill.objectives.guided_softmax import GuidedSoftmax
 from distill.objectives.hinge import Hinge
+from distill.objectives.lambda_mrr import LambdaMRR
 from distill.objectives.margin_mse import MarginMSE
 from distill.objectives.pointwise_score import PointwiseScore
 from distill.objectives.ranknet import RankNet
+from distill.objectives.relative_order import RelativeOrder
 from distill.objectives.sampled_softmax import SampledSoftmax
 from distill.objectives.score_kl import ScoreKL
+from distill.objectives.similarity_match import SimilarityMatch
 
 __all__ = [
     "AttentionKL",
@@ -24,10 +28,14 @@ __all__ = [
     "CalibratedList",
     "CrossEntropy",
     "EmbeddingMatch",
+    "GuidedSoftmax",
     "Hinge",
+    "LambdaMRR",
     "MarginMSE",
     "PointwiseScore",
     "RankNet",
+    "RelativeOrder",
     "SampledSoftmax",
     "ScoreKL",
+    "SimilarityMatch",
 ]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from torch import Tensor
 
 from distill.batch import Batch
 from distill.errors import DataError
 from distill.outputs import Outputs
+
+Fields = Sequence[Literal["queries", "candidates"]]
 
 
 def said(outputs: Outputs | None, name: str) -> Any:
@@ -48,6 +51,13 @@ def check_positive(**numbers: float) -> None:
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+
+
+def check_fields(fields: Fields) -> tuple[str, ...]:
+    """The fields of vectors that are named, queries first."""
+    if isinstance(fields, str) or not fields or set(fields) - {"queries", "candidates"}:
+        raise ValueError(f"fields must be a list of queries, candidates or both; got {fields!r}.")
+    return tuple(name for name in ("queries", "candidates") if name in fields)
 
 
 def unpadded(values: Tensor, mask: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from distill.batch import Batch
 from distill.objectives.base import Objective
-from distill.objectives.checks import check_choice, check_shapes, said
+from distill.objectives.checks import Fields, check_choice, check_fields, check_shapes, said
 from distill.outputs import Needs, Outputs
 
 
@@ -62,15 +61,14 @@ class EmbeddingMatch(Objective):
 
     def __init__(
         self,
-        fields: Sequence[Literal["queries", "candidates"]] = ("queries", "candidates"),
+        fields: Fields = ("queries", "candidates"),
         distance: Literal["cosine", "mse"] = "cosine",
         projection: bool | None = None,
     ):
-        if isinstance(fields, str) or not fields or set(fields) - {"queries", "candidates"}:
-            raise ValueError(f"fields must be a list of queries, candidates or both; got {fields!r}.")
+        names = check_fields(fields)
         check_choice("distance", distance, ("cosine", "mse"))
-        super().__init__(student_needs=Needs(*fields), teacher_needs=Needs(*fields))
-        self.fields = tuple(name for name in ("queries", "candidates") if name in fields)
+        super().__init__(student_needs=Needs(*names), teacher_needs=Needs(*names))
+        self.fields = names
         self.distance = distance
         self.projection = projection
         self.linear: nn.Linear | None = None

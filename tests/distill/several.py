@@ -12,8 +12,10 @@ from distill import processes
 from distill.batch import Columns, Ragged
 from distill.data import Judged, RandomNegatives, TextSource, TextTable
 from distill.graph import Arrow, DistillationGraph
+from distill.maxsim import maxsim_all
 from distill.model import Model
 from distill.objectives import (
+    AttentionKL,
     BinaryCrossEntropy,
     EmbeddingMatch,
     MarginMSE,
@@ -22,6 +24,7 @@ from distill.objectives import (
     ScoreKL,
 )
 from distill.outputs import Needs, Outputs
+from distill.tokens import Tokens
 from students import TwoTower
 from teachers import PrivilegedRanker
 from tests.distill.test_trainer import Bag, Words, judged, stopping, trainer
@@ -93,6 +96,70 @@ class Scaled(Bag):
         return said.with_(scores=said.scores * self.factor, in_batch=said.in_batch * self.factor)
 
 
+def said_of(ids, *places, layers=(), values):
+    """Tokens of rows of ids."""
+    return Tokens(values, ids.offsets, torch.stack(places, dim=1), layers)
+
+
+def places_of(ids):
+    return torch.arange(len(ids.values)) - ids.offsets[:-1].repeat_interleave(ids.lengths)
+
+
+class Late(Bag):
+    """A vector for each word, compared by MaxSim, and attention of one layer of two heads."""
+
+    provides = frozenset({"in_batch", "query_tokens", "candidate_tokens"}) | {
+        "query_attention",
+        "candidate_attention",
+    }
+    sizes = {"layers": 1, "heads": 2}
+
+    def represents(self, needs):
+        late = {"query_tokens", "candidate_tokens"} if "in_batch" in needs else set()
+        return needs.only((needs.fields - {"in_batch"}) | late)
+
+    def represent(self, batch, needs):
+        outputs = Outputs()
+        for name in self.represents(needs).fields:
+            side, kind = name.split("_")
+            ids = (batch.queries if side == "query" else batch.candidates)["words"]
+            values = self.linear(self.dropout(self.words(ids.values.long())))
+            if kind == "attention":
+                values = torch.stack([values, values.tanh()], dim=1).view(-1, 1, 2, 2, 3)
+            layers = (-1,) if kind == "attention" else ()
+            outputs = outputs.with_(**{name: said_of(ids, places_of(ids), layers=layers, values=values)})
+        return outputs
+
+    def compare(self, outputs, batch, needs):
+        sides = (outputs.query_tokens, outputs.candidate_tokens)
+        return outputs.with_(in_batch=maxsim_all(*(Ragged(side.values, side.offsets) for side in sides)))
+
+
+class Looks(Cross):
+    """Attention of one layer of two heads over each listed pair."""
+
+    provides = frozenset({"joint_attention"})
+    sizes = {"layers": 1, "heads": 2}
+
+    def represent(self, batch, needs):
+        rows, places = batch.mask.nonzero(as_tuple=True)
+        queries = batch.queries["words"].select(rows)
+        candidates = batch.candidates["words"].select(batch.index[rows, places])
+        sides = [Ragged(places_of(ids), ids.offsets) for ids in (queries, candidates)]
+        nowhere = [Ragged(torch.full_like(side.values, -1), side.offsets) for side in sides]
+        ids = Ragged.join([queries, candidates])
+        values = self.bag.linear(self.bag.dropout(self.bag.words(ids.values.long())))
+        said = said_of(
+            ids,
+            Ragged.join([sides[0], nowhere[1]]).values,
+            Ragged.join([nowhere[0], sides[1]]).values,
+            layers=(-1,),
+            values=torch.stack([values, values.tanh()], dim=1).view(-1, 1, 2, 2, 3),
+        )
+        width = batch.mask.shape[1]
+        return Outputs(joint_attention=said.among(rows * width + places, batch.mask.numel()))
+
+
 def texts():
     """A source without queries."""
     table = TextTable([str(i) for i in range(9)], [f"w{i} y{i % 2}" for i in range(9)])
@@ -155,6 +222,10 @@ def case(name, dropout=0.0):
                 Arrow("scores", ScoreKL(), "student", "head"),
             ],
         ),
+        "tokens": (  # rows of several tokens, of queries, candidates and pairs
+            {"student": Late(1, dropout), "peer": Looks(dropout)},
+            [labels, Arrow("words", AttentionKL(), "student", "peer", detach=False)],
+        ),
         "texts": (teach, [Arrow("vectors", EmbeddingMatch(fields=["candidates"]), "student", "teacher")]),
     }[name]
     torch.manual_seed(7)
@@ -181,7 +252,7 @@ def users_and_items():
     return graph, shop(features, batch_size=20)
 
 
-CASES = ("in_batch", "lists", "vectors", "pairs", "taught", "cycle", "built", "texts", "features")
+CASES = ("in_batch", "lists", "vectors", "pairs", "taught", "cycle", "built", "tokens", "texts", "features")
 
 
 def step(name, cache=None, dropout=0.0, **settings):
@@ -234,6 +305,8 @@ def main(folder):
     rows = torch.arange(rank + 1)[:, None] + 10 * rank
     found["gathered"] = processes.gather(rows)
     found["in_shares"] = processes.in_shares(lambda part: torch.tensor([2 * x for x in part]), list(range(7)))
+    shared = processes.in_shares(lambda part: Ragged.of([[x] * (x % 3) for x in part]), list(range(7)))
+    found["ragged_in_shares"] = shared.values
     assert processes.from_first(rank) == 0
     assert processes.any_of(rank == 1, False) == (True, False)
     save_file(found, folder / f"{rank}.safetensors")

@@ -14,7 +14,7 @@ from distill.graph import Arrow, DistillationGraph
 from distill.hub.files import read_json, write_json
 from distill.objectives import AttentionKL, SampledSoftmax, ScoreKL
 from distill.open import open_model
-from distill.outputs import Needs
+from distill.outputs import Needs, Outputs
 from students import BiEncoder
 from teachers import ColBERT, CrossEncoder
 from tests.conftest import WORDS
@@ -267,6 +267,23 @@ def test_a_cross_encoders_attention_teaches_its_tokens(bert):
             loss.sum().backward()
             assert loss.isfinite().all() and (loss > 0).all()
             assert any(p.grad is not None and p.grad.any() for p in graph.parameters())
+
+
+def test_the_worked_examples_of_training_and_of_the_cascade():
+    """Late interaction by KL from a cross-encoder, and ERNIE-Search's three task losses and three arrows."""
+
+    def kl(teacher, student):
+        said = (Outputs(scores=torch.tensor([scores])) for scores in (student, teacher))
+        return ScoreKL()(*said, Batch.of_scores(1, 3)).loss.item()
+
+    def task(scores):
+        said = Outputs(scores=torch.tensor([scores]))
+        return SampledSoftmax(temperature=1.0, in_batch=False)(said, None, Batch.of_scores(1, 3)).loss.item()
+
+    assert kl([4.0, 2.0, 1.0], [20.0, 18.5, 18.0]) == pytest.approx(0.037402, abs=1e-6)
+    cross, late, dual = [3.0, 1.0, 0.0], [2.0, 1.5, 0.5], [1.0, 1.2, 0.3]
+    tasks, arrows = map(task, (cross, late, dual)), (kl(cross, late), kl(late, dual), kl(cross, dual))
+    assert sum(tasks) + sum(arrows) == pytest.approx(2.522189, abs=2e-6)
 
 
 @pytest.mark.parametrize("of", [False, True])

@@ -24,7 +24,11 @@ VARIANTS = [
     objectives.AttentionKL(student="tokens", temperature=0.5),
     objectives.AttentionMSE(layers=[[0, 1]], official=True),
     objectives.EmbeddingMatch(fields=["candidates"], distance="mse", projection=True),
+    objectives.GuidedSoftmax(temperature=1.0, in_batch=False, relative_margin=0.4),
+    objectives.LambdaMRR(groups=[1, 2], temperature=0.5),
     objectives.MarginMSE(pairs="all", scale=2.0),
+    objectives.MarginMSE(in_batch=True),
+    objectives.MarginMSE(pairs="all", in_batch=True),
     objectives.PointwiseScore(loss="bce"),
     objectives.RankNet(temperature=0.5),
     objectives.SampledSoftmax(temperature=1.0, in_batch=False),
@@ -40,6 +44,13 @@ OBJECTIVES = [cls() for cls in EXPORTED] + VARIANTS
 for objective in OBJECTIVES:
     objective.bind(SIZES, SIZES)
 B, N, P, D, C = 3, 4, 6, 4, 3
+# what these hear of a teacher, its order or who is above a limit, has no slope
+ORDER_ALONE = (
+    objectives.GuidedSoftmax,
+    objectives.LambdaMRR,
+    objectives.RankNet,
+    objectives.RelativeOrder,
+)
 
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 
@@ -114,7 +125,7 @@ def both(objective, batch: Batch) -> tuple[Outputs, Outputs]:
 
 
 def test_there_are_objectives_to_test():
-    assert len(EXPORTED) == 13
+    assert len(EXPORTED) == 17
     assert all(issubclass(cls, objectives.Objective) for cls in EXPORTED)
     assert {type(variant) for variant in VARIANTS} <= set(EXPORTED)
 
@@ -146,7 +157,7 @@ def test_gradients_reach_a_teacher_that_is_not_frozen(objective):
     student, teacher = both(objective, batch)
     attached = changed(teacher, torch.Tensor.requires_grad_)
     objective(student, attached, batch).loss.sum().backward()
-    if not isinstance(objective, objectives.RankNet):  # the order of the teacher has no slope
+    if not isinstance(objective, ORDER_ALONE):
         assert all(value.grad is not None and value.grad.any() for _, value in values_of(attached))
 
 
