@@ -21,6 +21,7 @@ from distill.evaluation.scoring import (
     can_search,
     first_of_bm25,
     id_rank,
+    placed,
     query_of,
     score,
     score_listed,
@@ -90,8 +91,9 @@ def evaluate_model(
     if judged.task == "pairs":
         return _evaluate_pairs(model, judged, metrics, threshold_from, progress)
     kept, left_out = _with_positive(judged)
+    places = None
     if judged.task == "rerank":
-        entries = _distinct_of(judged, kept)
+        entries = _distinct_of(judged, torch.isin(query_of(judged.listed), kept))
         query, candidate = query_of(judged.listed)[entries], judged.listed.values[entries]
         method = "listed candidates in order of score"
         pair = {name: column[entries] for name, column in judged.pair.items()}
@@ -99,7 +101,7 @@ def evaluate_model(
     elif can_search(model) or searches_tokens(model):
         method = "exact search over all candidates" + (", seen left out" if judged.seen is not None else "")
         depth = plain.cutoff(metrics, default=top_k)
-        query, candidate, scores = searched(model, judged, kept, depth, progress)
+        query, candidate, scores, places = _found(model, judged, kept, metrics, depth, progress)
     else:
         first = type(rerank_from).__name__ if rerank_from is not None else "BM25"
         method = f"first {min(rerank, len(judged.candidates))} of {first}, re-ranked"
@@ -111,7 +113,7 @@ def evaluate_model(
     place_of = id_rank(judged.candidates)  # ties are decided by it
     entries = torch.isin(query_of(judged.listed), kept)
     result = plain.ranking(
-        plain.Run(query.numpy(), place_of[candidate].numpy(), scores.numpy()),
+        plain.Run(query.numpy(), place_of[candidate].numpy(), scores.numpy(), places),
         plain.Qrels(
             query_of(judged.listed)[entries].numpy(),
             place_of[judged.listed.values[entries]].numpy(),
@@ -198,6 +200,21 @@ def _evaluate_pairs(
     return Evaluation(judged.name, "pairs", method, means, per_query, len(scores), left_out, threshold)
 
 
+def _found(
+    model: VectorScorer, judged: Judged, kept: Tensor, metrics: Sequence[str], depth: int, progress: bool
+) -> tuple[Tensor, Tensor, Tensor, np.ndarray | None]:
+    """What a search finds: rows of queries, of candidates, scores; and places, where only those of relevant
+    candidates are asked for and told, with their negatives for scores."""
+    own = bool((judged.candidates.same == torch.arange(len(judged.candidates))).all())
+    if not own or not can_search(model) or any(plain.ranking_metric(m).needs_all for m in metrics):
+        return *searched(model, judged, kept, depth, progress), None
+    entries = _distinct_of(judged, _labels(judged) > 0)
+    query, candidate = query_of(judged.listed)[entries], judged.listed.values[entries]
+    place = placed(model, judged, query, candidate, progress)
+    first = place < depth
+    return query[first], candidate[first], -place[first].float(), place[first].numpy()
+
+
 def _users(judged: Judged) -> Tensor:
     """Which user each listed pair belongs to [T]; where the split does not say, its query."""
     query = query_of(judged.listed)
@@ -225,11 +242,10 @@ def _with_positive(judged: Judged) -> tuple[Tensor, dict[str, int]]:
     }
 
 
-def _distinct_of(judged: Judged, kept: Tensor) -> Tensor:
-    """Entries of what the kept queries list, each pair once: what is listed twice is still ranked once."""
-    query = query_of(judged.listed)
-    entries = torch.isin(query, kept).nonzero()[:, 0]
-    pair = (query * len(judged.candidates) + judged.listed.values)[entries]
+def _distinct_of(judged: Judged, wanted: Tensor) -> Tensor:
+    """The wanted entries [T] of what is listed, each pair once: what is listed twice is still ranked once."""
+    entries = wanted.nonzero()[:, 0]
+    pair = (query_of(judged.listed) * len(judged.candidates) + judged.listed.values)[entries]
     return entries[torch.from_numpy(np.unique(pair.numpy(), return_index=True)[1])]
 
 

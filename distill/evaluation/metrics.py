@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from distill.errors import DataError, RecipeError
-from distill.evaluation.ranked import Ranked
+from distill.evaluation.ranked import FORMULAS, Ranked
 
 Column = Sequence[Any] | np.ndarray
 
@@ -24,6 +24,9 @@ class Run(NamedTuple):
     queries: Column  # [T] ids, text or numbers
     candidates: Column  # [T] ids, text or numbers
     scores: Column  # [T] read as float32, higher is better
+    places: Column | None = (
+        None  # [T] of each in its query's ranking, from 0; None: all that was ranked is here
+    )
 
 
 class Qrels(NamedTuple):
@@ -63,6 +66,12 @@ class RankingMetric(NamedTuple):
     @property
     def needs_popularity(self) -> bool:
         return self.cold is not None or self.kind == "AveragePopularity"
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether it reads what else was ranked, besides the places of relevant candidates."""
+        own = self.kind not in FORMULAS or self.measure is None or set(self.measure.params) - {"cutoff"}
+        return bool(own)
 
     @property
     def needs_catalogue(self) -> bool:

@@ -59,7 +59,7 @@ class Ranked:
         order = _sorted((ranked, -np.asarray(run.scores, dtype=np.float32), _order(run.candidates)))
         ranked, found = ranked[order], found[order]
         _check_once(ranked, found, query_names, names)
-        rank = _nth(ranked)
+        rank = _nth(ranked) if run.places is None else np.asarray(run.places)[order]
         mine = has_positive[ranked]
         order = np.lexsort((-gain, judged))
         order = order[has_positive[judged[order]]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar, Protocol, TypeGuard, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from distill.batch import Ragged
 from distill.data.bm25 import WORDS
 from distill.data.judged import Judged, Table, TextTable
 from distill.errors import DataError, RecipeError
-from distill.evaluation.search import search, search_maxsim, top
+from distill.evaluation.search import places, search, search_maxsim, top
 from distill.model import Encoder
 from distill.processes import gather, in_shares, share
 
@@ -151,6 +151,36 @@ def _encoded(
         return in_shares(partial(encode, progress=progress), table.take(distinct)), place
 
 
+class _Laid(NamedTuple):
+    """What a search compares."""
+
+    groups: Ragged  # the candidates of each distinct content, in order of id
+    vectors: Any  # [contents, D], or a Ragged of tokens
+    queries: Any  # [u, D], or a Ragged of tokens
+    place: Tensor  # [kept queries] which of them each query is
+    hidden: Ragged | None  # of each query of this process's share, the contents that are left out
+
+
+def _laid(model: VectorScorer, judged: Judged, kept: Tensor, place_of: Tensor, progress: bool) -> _Laid:
+    groups = _by_content(judged.candidates, place_of)
+    with serving(model):
+        firsts = judged.candidates.take(groups.values[groups.offsets[:-1]])
+        vectors = in_shares(partial(model.encode_candidates, progress=progress), firsts)
+    queries, place = _encoded(
+        model.encode_queries, judged.queries, judged.queries.same[kept], progress, model
+    )
+    if judged.seen is None:
+        return _Laid(groups, vectors, queries, place, None)
+    if searches_tokens(model):
+        raise RecipeError("a search by tokens cannot leave out what a query has seen; take another model.")
+    seen = judged.seen if len(kept) == len(judged.seen) else judged.seen.select(kept)
+    mine = share(len(kept))
+    offsets = seen.offsets[mine.start : mine.stop + 1]
+    hidden = _all_seen(Ragged(seen.values[offsets[0] : offsets[-1]], offsets - offsets[0]), groups)
+    # queries with one content need not have seen the same
+    return _Laid(groups, vectors, queries[place], torch.arange(len(kept)), hidden)
+
+
 def searched(
     model: VectorScorer, judged: Judged, kept: Tensor, depth: int, progress: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,24 +191,7 @@ def searched(
     tie goes to the lower id.
     """
     place_of = id_rank(judged.candidates)
-    groups = _by_content(judged.candidates, place_of)
-    with serving(model):
-        firsts = judged.candidates.take(groups.values[groups.offsets[:-1]])
-        vectors = in_shares(partial(model.encode_candidates, progress=progress), firsts)
-    queries, place = _encoded(
-        model.encode_queries, judged.queries, judged.queries.same[kept], progress, model
-    )
-    hidden = None
-    if judged.seen is not None:  # queries with one content need not have seen the same
-        if searches_tokens(model):
-            raise RecipeError(
-                "a search by tokens cannot leave out what a query has seen; take another model."
-            )
-        queries, place = queries[place], torch.arange(len(kept))
-        seen = judged.seen if len(kept) == len(judged.seen) else judged.seen.select(kept)
-        mine = share(len(kept))
-        offsets = seen.offsets[mine.start : mine.stop + 1]
-        hidden = _all_seen(Ragged(seen.values[offsets[0] : offsets[-1]], offsets - offsets[0]), groups)
+    groups, vectors, queries, place, hidden = _laid(model, judged, kept, place_of, progress)
     mine = share(len(queries))
     if searches_tokens(model):
         asked = cast(Ragged, queries).select(torch.arange(mine.start, mine.stop))
@@ -198,6 +211,20 @@ def searched(
     position = torch.arange(len(query)) - torch.searchsorted(query, query)  # query is ascending, as kept is
     first = position < depth
     return query[first], candidate[first], score[first]
+
+
+def placed(model: VectorScorer, judged: Judged, query: Tensor, candidate: Tensor, progress: bool) -> Tensor:
+    """The place [T], from 0, at which a search for the queries at rows [T] finds the candidates at rows [T].
+
+    As ``searched`` would, however deep they stand, without sorting what stands before them; the queries
+    ascend, and no two candidates share their content.
+    """
+    kept, wanted = query.unique_consecutive(return_counts=True)
+    place_of = id_rank(judged.candidates)
+    _, vectors, queries, place, hidden = _laid(model, judged, kept, place_of, progress)
+    mine = share(len(kept))
+    rows = Ragged.of_lengths(place_of[candidate], wanted).select(torch.arange(mine.start, mine.stop))
+    return gather(places(queries[place[mine]], vectors, rows, hidden))
 
 
 def _by_content(table: Table, place_of: Tensor) -> Ragged:

@@ -10,6 +10,7 @@ from distill.errors import DataError
 from distill.maxsim import maxsim_all
 
 _BLOCK = 2**23  # scores held at a time
+_NEAR = 2**20  # scores that a processor keeps near it, while they are read several times
 
 
 def search(
@@ -86,6 +87,52 @@ def search_maxsim(queries: Ragged, candidates: Ragged, k: int) -> tuple[Tensor, 
         scores.append(best)
         rows.append(place)
     return torch.cat(scores), torch.cat(rows)
+
+
+def places(
+    query_vectors: Tensor, candidate_vectors: Tensor, wanted: Ragged, seen: Ragged | None = None
+) -> Tensor:
+    """The place, from 0, at which ``search`` finds each wanted candidate: [T] int64, however deep it stands.
+
+    Args:
+        query_vectors: [n, D].
+        candidate_vectors: [m, D].
+        wanted: T rows of candidates, per query.
+        seen: Rows of candidates per query that are left out; none of them may be wanted.
+
+    Example:
+        >>> candidates = torch.tensor([[1.0, 0.0], [3.0, 0.0], [1.0, 0.0]])
+        >>> places(torch.eye(2), candidates, Ragged.of([[2, 1], [1]]))
+        tensor([2, 0, 1])
+    """
+    _check_finite(query_vectors, "query")
+    _check_finite(candidate_vectors, "candidate")
+    device, candidates = query_vectors.device, candidate_vectors.to(query_vectors.device, torch.float32)
+    columns = torch.arange(len(candidates), device=device)
+    found = [torch.empty(0, dtype=torch.int64, device=device)]
+    block = max(16, _NEAR // max(len(candidates), 1))
+    for start in range(0, len(query_vectors), block):
+        queries = query_vectors[start : start + block].float()
+        scores = queries @ candidates.T
+        if seen is not None:
+            query, row = _by_candidate(seen, start, len(queries), ordered=False).to(device)
+            scores[query, row] = -torch.inf
+        query, row = _by_candidate(wanted, start, len(queries), ordered=False).to(device)
+        for asked, mine in zip(query.split(block), row.split(block), strict=True):
+            one_each = torch.equal(asked, torch.arange(len(queries), device=device))
+            of_query = scores if one_each else scores[asked]
+            own = of_query.gather(1, mine[:, None])
+            place, equal = _count(of_query > own), _count(of_query == own)
+            if len(tied := (equal > 1).nonzero()[:, 0]):  # the lower row comes first
+                before = (of_query[tied] == own[tied]) & (columns < mine[tied, None])
+                place[tied] += _count(before)
+            found.append(place)
+    return torch.cat(found)
+
+
+def _count(flags: Tensor) -> Tensor:
+    """How many flags of each row are True: [n] int64."""
+    return flags.view(torch.uint8).sum(dim=1, dtype=torch.int32).long()  # several times faster than of bool
 
 
 def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

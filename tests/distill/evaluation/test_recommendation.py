@@ -320,3 +320,23 @@ def test_users_may_be_named_in_one_frame_with_other_models(tmp_path):
     read = pd.read_parquet(tmp_path / "per_query.parquet")
     towers, ranker = (read[read["model"] == name] for name in ("Towers", "Ranker"))
     assert compare(towers, ranker, "GAUC") == compare(*frames, "GAUC")
+
+
+@pytest.mark.parametrize("metrics", [["nDCG@3", "MRR", "Recall@5"], ["AP@4", "HitRate@2", "R(cold=20)@5"]])
+def test_places_alone_give_what_whole_rankings_give(metrics):
+    """Coverage reads all that is shown; without it only relevant candidates are placed."""
+    draw = torch.Generator().manual_seed(1)
+    listed = Ragged.of([torch.randperm(50, generator=draw)[: 1 + row % 4].tolist() for row in range(30)])
+    entries = len(listed.values)
+    split = judged(
+        users=torch.randint(-2, 3, (30, 2), generator=draw).float().tolist(),
+        items=(torch.arange(50)[:, None] * torch.tensor([1.0, 0.001])).tolist(),
+        listed=Ragged.of([row * 2 for row in listed.tolist()]),  # each twice, with two labels
+        labels=torch.randint(0, 3, (2 * entries,), generator=draw).float(),
+        seen=Ragged.of([[item for item in range(0, 50, 3) if item not in of] for of in listed.tolist()]),
+        popularity=torch.arange(50),
+    )
+    for top_k in (4, 1000):
+        alone = evaluate_model(Towers(), split, metrics, top_k=top_k)
+        whole = evaluate_model(Towers(), split, [*metrics, "Coverage@2"], top_k=top_k)
+        pd.testing.assert_frame_equal(alone.per_query, whole.per_query)

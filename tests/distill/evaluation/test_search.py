@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ import torch
 from distill.batch import Ragged
 from distill.errors import DataError
 from distill.evaluation import search, top
+from distill.evaluation.search import places
 
 
 def whole_vectors(rows: int, seed: int) -> torch.Tensor:
@@ -91,3 +94,22 @@ def test_blocks_of_queries_know_what_each_has_seen():
 def test_seen_is_of_each_query():
     with pytest.raises(ValueError, match="seen must have a row for each of 2 queries, got 1"):
         search(torch.ones(2, 3), torch.ones(4, 3), 1, seen=Ragged.of([[0]]))
+
+
+@pytest.mark.parametrize("block", [1, 20, 2**20])
+@pytest.mark.parametrize("seed", range(3))
+def test_places_are_those_at_which_search_finds(seed, block, monkeypatch):
+    """With ties everywhere; queries want none, one or several, and have seen some of the others."""
+    monkeypatch.setattr(sys.modules["distill.evaluation.search"], "_NEAR", block * 40)
+    draw = torch.Generator().manual_seed(seed)
+    queries, candidates = whole_vectors(37, seed=seed), whole_vectors(40, seed=seed + 1)
+    orders = [torch.randperm(40, generator=draw).tolist() for _ in range(37)]
+    wanted = Ragged.of([order[: row % 4] for row, order in enumerate(orders)])
+    seen = Ragged.of([order[3 : 3 + row] for row, order in enumerate(orders)])
+    for hidden in (None, seen):
+        _, rows = search(queries, candidates, 40, seen=hidden)
+        expected = [rows[q].tolist().index(row) for q, of in enumerate(wanted.tolist()) for row in of]
+        assert places(queries, candidates, wanted, hidden).tolist() == expected
+    one_each = Ragged.of([[order[0]] for order in orders])
+    expected = [rows[q].tolist().index(row) for q, (row,) in enumerate(one_each.tolist())]
+    assert places(queries, candidates, one_each, seen).tolist() == expected
