@@ -164,7 +164,7 @@ class Ensemble(Model):
         self.column: Any = None if column is None else features[column]
         self.silent = not all(self.routes.values())  # somewhere nobody is heard
         self.by_data = () if column is not None else tuple(self.routes)
-        if column is not None:
+        if self.column is not None:
             if self.column.side != "user":
                 raise ValueError(f"column: '{column}' is no feature of users, and one is chosen per query.")
             ids = features.column(column, list(self.routes)).tolist()
