@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 
 from distill.data.judged import Judged
 from distill.errors import RecipeError
-from distill.evaluation import Evaluation, evaluate_model, queries_per_second, size_in_mb
+from distill.evaluation import Evaluation, evaluate_model, queries_per_second, size_in_mb, tells_classes
 from distill.model import Encoder, Model
 from distill.settings import EvaluateSettings
 
 TIMED = 512  # queries whose encoding is timed
 
 
-def can_be_measured(model: Model) -> bool:
-    """Whether it can search, or at least put candidates in order."""
-    return isinstance(model, Encoder) or (hasattr(model, "score_pairs") and "scores" in model.provides)
+def can_be_measured(model: Model, judged: Judged | None, metrics: Sequence[str]) -> bool:
+    """Whether it can search, or at least put candidates in order; of several classes, tell which."""
+    by_pairs = hasattr(model, "score_pairs")
+    if judged is not None and tells_classes(judged, metrics):
+        return by_pairs and "classes" in model.provides and "scores" not in model.provides
+    return isinstance(model, Encoder) or (by_pairs and "scores" in model.provides)
 
 
 def measure(
     model: Model, judged: Judged, settings: EvaluateSettings, dev: Judged | None, progress: bool = False
 ) -> Evaluation:
     """Measure a model as the ``evaluate`` section of a recipe says; ``dev`` gives the thresholds."""
-    if not can_be_measured(model):
+    if not can_be_measured(model, judged, settings.metrics):
         known = ", ".join(sorted(model.provides))
         raise RecipeError(f"a {type(model).__name__} that provides only {known} cannot be measured.")
     return evaluate_model(

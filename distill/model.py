@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill.batch import Batch, Columns
 from distill.outputs import Needs, Outputs
@@ -91,7 +91,8 @@ class Model(nn.Module, ABC):
 class Encoder(Model):
     """A model whose candidates are encoded once, and searched in an index."""
 
-    search: ClassVar[str] = "dot"  # how its vectors are compared: "dot", or "maxsim" of token vectors
+    search: ClassVar[str] = "dot"  # how its vectors are compared: "dot", "maxsim" of token vectors, or ...
+    # "own": by score_encoded alone, so that it puts candidates in order and no index searches by it
 
     @property
     @abstractmethod
@@ -115,3 +116,7 @@ class Encoder(Model):
     @abstractmethod
     def encode_candidates(self, candidates: Sequence[Any], progress: bool = False) -> Any:
         """Vectors [n, D] float32 on the CPU, of n raw candidates; by "maxsim" a Ragged of n rows of them."""
+
+    def score_encoded(self, queries: Tensor, candidates: Tensor) -> Tensor:
+        """Scores [n] of n pairs of encoded queries and candidates [n, D]."""
+        return (queries * candidates).sum(dim=-1)

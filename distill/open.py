@@ -10,6 +10,7 @@ from distill.errors import UserError
 from distill.hub import check_checkpoint, local_folder
 from distill.hub.files import read_json
 from distill.hub.layouts import SETTINGS
+from distill.hub.own import opens
 from distill.model import Model
 
 # Named as text, as a recipe does: the framework imports neither package.
@@ -41,10 +42,12 @@ def model_folder(spec: str | Path, runs: str | Path = "runs") -> Path:
 def class_of(folder: Path) -> str:
     """Which class opens a model folder.
 
-    A classifier (an architecture ``...ForSequenceClassification``, or a CrossEncoder of
-    sentence-transformers) is a cross-encoder, all else an encoder.
+    A folder of ours may say so. Else a classifier (an architecture ``...ForSequenceClassification``, or a
+    CrossEncoder of sentence-transformers) is a cross-encoder, all else an encoder.
     """
     check_checkpoint(folder)
+    if (named := opens(folder)) is not None:
+        return named
     if (folder / SETTINGS).is_file():
         return CROSS_ENCODER if read_json(folder / SETTINGS).get("model_type") == "CrossEncoder" else ENCODER
     if (folder / "modules.json").is_file():

@@ -12,7 +12,7 @@ from distill.data.dataset import DataSet
 from distill.data.judged import Judged, Table, TextTable, summary
 from distill.data.source import JudgedSource, Source
 from distill.errors import Mistakes, RecipeError
-from distill.evaluation import check_measurable
+from distill.evaluation import check_measurable, tells_classes
 from distill.graph import DistillationGraph
 from distill.measure import can_be_measured
 from distill.model import Encoder, Model
@@ -148,7 +148,7 @@ def plan_of(recipe: Recipe, builder: Builder) -> Plan:
     builder.check(recipe)
     data: dict[str, DataSet] = {}
     labelled: dict[str, bool] = {}
-    graph = plan = None
+    graph = plan = judged = None
     mistakes = Mistakes()
     with mistakes:
         data = builder.data(recipe)
@@ -157,11 +157,11 @@ def plan_of(recipe: Recipe, builder: Builder) -> Plan:
             with mistakes:
                 labelled[name] = part.split("train").labels is not None
     with mistakes:
-        check_measures(recipe, data)
+        judged = check_measures(recipe, data)
     with mistakes, without_weights():
         graph = builder.graph(recipe)
         graph.check(labelled)
-        check_uses(recipe, graph)
+        check_uses(recipe, graph, judged)
     with mistakes, without_weights():
         if (losses := baseline_losses(recipe)) is not None:
             builder.graph(recipe, losses).check(labelled)
@@ -170,6 +170,7 @@ def plan_of(recipe: Recipe, builder: Builder) -> Plan:
             source = builder.source(recipe, data, heard_by(graph, data))
             check_samplers(source, graph)
             check_scores(graph, source)
+            check_batches(graph, source)
             plan = Plan(recipe, graph, data, source, steps_of(recipe.train, source.steps(0)))
     mistakes.report()
     assert plan is not None  # else there was a mistake
@@ -201,15 +202,15 @@ def heard_by(graph: DistillationGraph, data: Mapping[str, DataSet]) -> list[str]
     return [n for n in with_train if any(arrow.data is None or n in arrow.data for arrow in graph.arrows)]
 
 
-def check_measures(recipe: Recipe, data: Mapping[str, DataSet]) -> None:
-    """Refuse metrics, or splits to measure, that would fail after the training."""
+def check_measures(recipe: Recipe, data: Mapping[str, DataSet]) -> Judged | None:
+    """Refuse metrics, or splits to measure, that would fail after the training; returns what is measured."""
     metrics = recipe.evaluate.metrics
     if not data or (measured := split_to_measure(recipe, data)) is None:
         if recipe.search:
             raise RecipeError(
                 "search: the candidates of evaluate.split are searched; give evaluate.metrics too."
             )
-        return
+        return None
     part, select, mistakes = data[measured[0]], recipe.train.select, Mistakes()
     if select is not None and select not in metrics:
         mistakes.add(
@@ -228,22 +229,24 @@ def check_measures(recipe: Recipe, data: Mapping[str, DataSet]) -> None:
             except RecipeError as error:
                 raise RecipeError(f"evaluate.metrics: {error}") from error
     mistakes.report()
+    return part.split(measured[1])
 
 
-def check_uses(recipe: Recipe, graph: DistillationGraph) -> None:
+def check_uses(recipe: Recipe, graph: DistillationGraph, judged: Judged | None) -> None:
     """Refuse what a checked graph cannot be used for, and settings of nodes that it does not train."""
     kept, mistakes = graph.nodes[recipe.keep], Mistakes()
     for problem in piece_problems(graph, recipe.train.gradient_cache is not None, world() > 1):
         mistakes.add(problem)
-    if recipe.evaluate.metrics and not can_be_measured(kept):
+    if recipe.evaluate.metrics and not can_be_measured(kept, judged, recipe.evaluate.metrics):
+        several = judged is not None and tells_classes(judged, recipe.evaluate.metrics)
         mistakes.add(
             f"evaluate.metrics: models.{recipe.keep} provides only {', '.join(sorted(kept.provides))}, from "
-            f"which nothing can be ranked; remove the metrics."
+            f"which {'classes cannot be told' if several else 'nothing can be ranked'}; remove the metrics."
         )
-    if recipe.search and not isinstance(kept, Encoder):
+    if recipe.search and (not isinstance(kept, Encoder) or kept.search == "own"):
         mistakes.add(
-            f"search: models.{recipe.keep} reads query and candidate together, so it has no index; "
-            f"remove `search`."
+            f"search: models.{recipe.keep} ({type(kept).__name__}) compares query and candidate by more than "
+            f"a product of vectors, so it has no index; remove `search`."
         )
     for problem in rate_problems(recipe.train, graph):
         mistakes.add(problem)
@@ -285,6 +288,22 @@ def check_scores(graph: DistillationGraph, source: Source) -> None:
                 mistakes.add(
                     f"models.{node}: samplers add negatives to the data set '{name}', and a recorded teacher "
                     f"cannot be asked about them. {cure}, or take `negatives` out of the data set."
+                )
+    mistakes.report()
+
+
+def check_batches(graph: DistillationGraph, source: Source) -> None:
+    """Refuse batches too small for what an objective compares in them."""
+    mistakes = Mistakes()
+    for name, part in judged_sources(source).items():
+        size = min(part.batch_size, len(part.query_rows))
+        for arrow in graph.arrows:
+            heard = arrow.data is None or name in arrow.data
+            if heard and size < (least := arrow.objective.least_queries):
+                mistakes.add(
+                    f"losses.{arrow.name}: {type(arrow.objective).__name__} compares the queries of a batch "
+                    f"with each other, at least {least}, and a batch of data set '{name}' holds {size}. "
+                    f"Raise its batch_size (train.batch_size), or limit the arrow with `data:`."
                 )
     mistakes.report()
 

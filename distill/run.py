@@ -28,7 +28,9 @@ from distill.errors import DataError, RecipeError, RunError
 from distill.evaluation import Evaluation
 from distill.evaluation.significance import CONFIDENCE, compare
 from distill.graph import DistillationGraph
+from distill.hub.card import Kind
 from distill.hub.files import atomic_write_text
+from distill.hub.own import opens
 from distill.lock import LOCK, only_run_in
 from distill.measure import can_be_measured, entry_of, measure
 from distill.model import Encoder, Model
@@ -206,8 +208,11 @@ class _Run:
                 graph.nodes[name].save_pretrained(self.folder / "teachers" / name)
         evaluations = {recipe.keep: self._evaluate(recipe.keep, graph.nodes[recipe.keep])}
         if recipe.evaluate.teachers:
+            judged = self._judged() if self.measured else None
             teachers = [
-                name for name in graph.nodes if name != recipe.keep and can_be_measured(graph.nodes[name])
+                name
+                for name, node in graph.nodes.items()
+                if name != recipe.keep and can_be_measured(node, judged, recipe.evaluate.metrics)
             ]
             evaluations |= {name: self._evaluate(name, graph.nodes[name]) for name in teachers}
         models: dict[str, Model] = dict(graph.nodes)
@@ -331,9 +336,12 @@ class _Run:
 
         recipe = self.recipe
         base = recipe.models[recipe.keep].get("checkpoint")
+        kind: Kind = "encoder" if isinstance(model, Encoder) else "cross_encoder"
+        if opens(self.folder / recipe.keep) is not None:
+            kind = "own"
         return model_card(
             recipe.name,
-            "encoder" if isinstance(model, Encoder) else "cross_encoder",
+            kind,
             recipe.model_dump(mode="json"),
             recipe.keep,
             {name: entry["metrics"] for name, entry in measures.items() if "metrics" in entry},

@@ -1,12 +1,13 @@
 """What a model is worth: metrics, search, fidelity to its teacher, cost, and whether a gain is luck."""
 
 from distill.evaluation.cost import queries_per_second, size_in_mb
-from distill.evaluation.evaluate import Evaluation, check_measurable, evaluate_model
+from distill.evaluation.evaluate import Evaluation, check_measurable, evaluate_model, tells_classes
 from distill.evaluation.fidelity import fidelity
 from distill.evaluation.metrics import (
     Qrels,
     RankingResult,
     Run,
+    classified,
     fit_threshold,
     higher_is_better,
     pairs,
@@ -25,6 +26,7 @@ __all__ = [
     "RankingResult",
     "Run",
     "check_measurable",
+    "classified",
     "compare",
     "evaluate_model",
     "fidelity",
@@ -37,5 +39,6 @@ __all__ = [
     "score_listed",
     "search",
     "size_in_mb",
+    "tells_classes",
     "top",
 ]

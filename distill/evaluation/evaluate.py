@@ -17,6 +17,7 @@ from distill.evaluation import metrics as plain
 from distill.evaluation.scoring import (
     PairScorer,
     can_search,
+    encodes_apart,
     first_of_bm25,
     id_rank,
     query_of,
@@ -37,7 +38,7 @@ class Evaluation:
     means: dict[str, float]
     per_query: (
         pd.DataFrame
-    )  # query, a column per metric; pairs: query, candidate, score, label, Accuracy if asked
+    )  # query, a column per metric; pairs: query, candidate, score (or class), label, Accuracy if asked
     queries: int  # how many the means are over
     left_out: Mapping[str, int] = field(default_factory=dict)  # reason -> how many
     threshold: float | None = None  # of Accuracy and F1
@@ -70,7 +71,8 @@ def evaluate_model(
     Queries without a relevant candidate are left out, and counted in the result.
 
     Args:
-        model: An Encoder whose vectors are compared by dot product, or anything with ``score_pairs``.
+        model: An Encoder of one vector per text, or anything with ``score_pairs``. Pairs whose labels are
+            more than two classes need one that gives logits of them.
         judged: The split; its labels are what is measured against.
         metrics: Names; see ``parse_metric`` for rankings and ``PAIR_METRICS`` for pairs.
         top_k: How deep to search for metrics without a cutoff, as MAP.
@@ -80,7 +82,7 @@ def evaluate_model(
         progress: Show bars.
     """
     check_measurable(judged, metrics, threshold_from)
-    if not can_search(model) and not hasattr(model, "score_pairs"):
+    if not encodes_apart(model) and not hasattr(model, "score_pairs"):
         raise TypeError(f"{type(model).__name__} can neither encode texts for a search nor score pairs.")
     if judged.task == "pairs":
         return _evaluate_pairs(model, judged, metrics, threshold_from, progress)
@@ -119,6 +121,9 @@ def check_measurable(judged: Judged, metrics: Sequence[str], threshold_from: Jud
     labels = _labels(judged)
     if judged.task == "pairs":
         plain.check_pair_metrics(metrics)
+        if tells_classes(judged, metrics):
+            plain.check_class_metrics(metrics)
+            return
         if plain.needs_threshold(metrics):
             if threshold_from is None:
                 raise RecipeError(
@@ -144,14 +149,24 @@ def check_measurable(judged: Judged, metrics: Sequence[str], threshold_from: Jud
         )
 
 
+def tells_classes(judged: Judged, metrics: Sequence[str]) -> bool:
+    """Whether classes are measured, and the labels are of more than two: logits must tell them."""
+    several = judged.task == "pairs" and plain.several_classes(_labels(judged).numpy())
+    return several and not set(plain.CLASS_METRICS).isdisjoint(metrics)
+
+
 def _evaluate_pairs(
     model: Encoder | PairScorer, judged: Judged, metrics: Sequence[str], dev: Judged | None, progress: bool
 ) -> Evaluation:
-    threshold = None
-    if dev is not None and plain.needs_threshold(metrics):
-        threshold = plain.fit_threshold(score_listed(model, dev, progress).numpy(), _labels(dev).numpy())
     scores, labels = score_listed(model, judged, progress).numpy(), _labels(judged).numpy()
-    means = plain.pairs(scores, labels, metrics, threshold)
+    threshold = None
+    if several := scores.ndim == 2:  # logits of a classifier, which decides by the largest
+        means = plain.classified(scores, labels, metrics)
+        scores = scores.argmax(axis=1)
+    else:
+        if dev is not None and plain.needs_threshold(metrics):
+            threshold = plain.fit_threshold(score_listed(model, dev, progress).numpy(), _labels(dev).numpy())
+        means = plain.pairs(scores, labels, metrics, threshold)
     per_query = pd.DataFrame(
         {
             "query": [judged.queries.ids[row] for row in query_of(judged.listed).tolist()],
@@ -160,9 +175,12 @@ def _evaluate_pairs(
             "label": labels,
         }
     )
-    if "Accuracy" in metrics and threshold is not None:
+    if "Accuracy" in metrics and several:
+        per_query["Accuracy"] = (scores == labels).astype(float)
+    elif "Accuracy" in metrics and threshold is not None:
         per_query["Accuracy"] = ((scores.astype(np.float64) >= threshold) == (labels > 0)).astype(float)
-    return Evaluation(judged.name, "pairs", "a score per pair", means, per_query, len(scores), {}, threshold)
+    method = "the likeliest class per pair" if several else "a score per pair"
+    return Evaluation(judged.name, "pairs", method, means, per_query, len(scores), {}, threshold)
 
 
 def _labels(judged: Judged) -> Tensor:

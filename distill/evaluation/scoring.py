@@ -32,11 +32,13 @@ def score(
 ) -> Tensor:
     """Scores [T] float32 of T pairs, given as rows of queries [T] and of candidates [T]."""
     query, candidate = judged.queries.same[query], judged.candidates.same[candidate]
-    if can_search(model):
+    if encodes_apart(model):
         queries, q = _encoded(model.encode_queries, judged.queries, query, progress, model)
         candidates, c = _encoded(model.encode_candidates, judged.candidates, candidate, progress, model)
         parts = zip(q.split(2**14), c.split(2**14), strict=True)
-        return torch.cat([torch.empty(0), *((queries[i] * candidates[j]).sum(dim=1) for i, j in parts)])
+        return torch.cat(
+            [torch.empty(0), *(model.score_encoded(queries[i], candidates[j]) for i, j in parts)]
+        )
     pair, place = torch.unique(query * len(judged.candidates) + candidate, return_inverse=True)
     scorer = cast(PairScorer, model)
 
@@ -61,6 +63,11 @@ def score_listed(model: Encoder | PairScorer, judged: Judged, progress: bool = F
 def can_search(model: Any) -> TypeGuard[Encoder]:
     """Whether its vectors can be searched by dot product; another model can only re-rank."""
     return isinstance(model, Encoder) and model.search == "dot"
+
+
+def encodes_apart(model: Any) -> TypeGuard[Encoder]:
+    """Whether each text has one vector, from which alone it scores pairs: texts are then encoded once."""
+    return isinstance(model, Encoder) and model.search in ("dot", "own")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from distill.errors import UserError
 
-Kind = Literal["encoder", "cross_encoder", "recommender"]
+Kind = Literal["encoder", "cross_encoder", "own", "recommender"]
 # library_name, pipeline_tag, further tags
 _HUB_WORDS: dict[str, tuple[str, str | None, list[str]]] = {
     "encoder": (
@@ -21,6 +21,7 @@ _HUB_WORDS: dict[str, tuple[str, str | None, list[str]]] = {
         ["sentence-transformers", "sentence-similarity", "feature-extraction"],
     ),
     "cross_encoder": ("sentence-transformers", "text-ranking", ["sentence-transformers", "cross-encoder"]),
+    "own": ("distill", "text-ranking", []),
     "recommender": ("distill", None, ["recommendation"]),
 }
 _USE_ELSEWHERE = {
@@ -144,6 +145,7 @@ def _what_it_is(kind: Kind, recipe: Mapping[str, Any], student: str, base_model:
     words = {
         "encoder": "A text encoder for search: queries and passages become vectors to compare",
         "cross_encoder": "A cross-encoder for ranking: it scores a query and a passage read together",
+        "own": "A model for ranking, or for telling classes of pairs of texts, which Distill opens",
         "recommender": "A recommender: users and items become vectors to compare",
     }
     teachers = [name for name in recipe.get("models", {}) if name != student]

@@ -105,6 +105,7 @@ class TextEncoder(nn.Module):
         tokens: Mapping[str, Head] | None = None,
         layers: Sequence[int] = (),
         attended: Tensor | None = None,
+        hidden: bool = False,
     ) -> dict[str, Tensor]:
         """Several answers from one forward, by name.
 
@@ -115,6 +116,7 @@ class TextEncoder(nn.Module):
             tokens: Heads that answer for each token: [T, ...] float32, aligned with ids.
             layers: Whose queries and keys are answered as ``attention``: [T, l, 2, H, d], aligned with ids.
             attended: How many ids of each text, from the first, are attended to [n]; None: all.
+            hidden: Heads find the last layer in ``hidden_states`` too: of a classifier there is no other way.
         """
         device = next(self.backbone.parameters()).device
         chunks = self.cut(ids.lengths, self.chunk_tokens or (CHUNK_TOKENS if device.type == "cpu" else 65536))
@@ -124,6 +126,8 @@ class TextEncoder(nn.Module):
 
         def answer(chunk: tuple[Tensor, int]) -> dict[str, Tensor]:
             given, mask = self._given(ids, types, chunk, embedded, attended)
+            if hidden:
+                given["output_hidden_states"] = True
             said = {}
             if layers:
                 with listening(backbone, layers) as heard:
@@ -162,7 +166,7 @@ class TextEncoder(nn.Module):
         chunk: tuple[Tensor, int],
         embedded: Tensor | None,
         attended: Tensor | None,
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    ) -> tuple[dict[str, Any], Tensor]:
         """What the transformer is given of the texts of a chunk, and which of it are real ids: [m, T]."""
         rows, length = chunk
         device = next(self.backbone.parameters()).device
@@ -170,7 +174,7 @@ class TextEncoder(nn.Module):
         seen = mask
         if attended is not None:
             seen = torch.arange(length, device=device) < attended[rows].to(device)[:, None]
-        given = {"attention_mask": seen.long()}
+        given: dict[str, Any] = {"attention_mask": seen.long()}
         if embedded is None:
             given["input_ids"] = padded.long()
         else:

@@ -5,6 +5,7 @@ from distill.objectives.base import Objective as Objective
 from distill.objectives.binary_cross_entropy import BinaryCrossEntropy
 from distill.objectives.cross_entropy import CrossEntropy
 from distill.objectives.embedding_match import EmbeddingMatch
+from distill.objectives.geometry_alignment import GeometryAlignment
 from distill.objectives.margin_mse import MarginMSE
 from distill.objectives.pointwise_score import PointwiseScore
 from distill.objectives.ranknet import RankNet
@@ -15,6 +16,7 @@ __all__ = [
     "BinaryCrossEntropy",
     "CrossEntropy",
     "EmbeddingMatch",
+    "GeometryAlignment",
     "MarginMSE",
     "PointwiseScore",
     "RankNet",

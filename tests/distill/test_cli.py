@@ -199,6 +199,17 @@ def test_check_says_what_a_run_will_do_and_cost(here):
     assert not here.runs.exists()
 
 
+def test_check_refuses_batches_too_small_for_a_geometry(here):
+    """Of one query there are no neighbours: the loss would be 0 all along."""
+    model = {"type": "teachers.CrossEmbedding", "checkpoint": str(here.encoder)}
+    geometry = {"type": "distill.objectives.GeometryAlignment", "from": "joint", "to": "student"}
+    recipe = here.recipe({"models.joint": model, "losses.geometry": geometry, "train.batch_size": 1})
+    done = here("check", recipe)
+    assert done.code == 2 and "losses.geometry: GeometryAlignment compares the queries" in done.err
+    assert "at least 2, and a batch of data set 'data' holds 1" in " ".join(done.err.split())
+    assert here("check", recipe, "train.batch_size=2").code == 0
+
+
 def test_check_says_what_a_cached_gradient_costs(here):
     done = here("check", here.recipe(), "train.gradient_cache=3")
     assert "student caches its gradient: up to 6 chunks of 3 texts a batch, each read twice" in done.out

@@ -16,15 +16,20 @@ from distill.outputs import AXES, Outputs
 EXPORTED = [getattr(objectives, name) for name in objectives.__all__]
 VARIANTS = [
     objectives.EmbeddingMatch(fields=["candidates"], distance="mse", projection=True),
+    objectives.EmbeddingMatch(fields=["queries", "pair_vectors"], distance="mse"),
+    objectives.EmbeddingMatch(fields=["pair_vectors"], projection=True),
+    objectives.GeometryAlignment(kernel="softmax", temperature=0.1, teacher_temperature=0.5),
+    objectives.GeometryAlignment(terms=["Q|Q"]),
     objectives.MarginMSE(pairs="all", scale=2.0),
     objectives.PointwiseScore(loss="bce"),
     objectives.RankNet(temperature=0.5),
+    objectives.RankNet(form="probability"),
     objectives.SampledSoftmax(temperature=1.0, in_batch=False),
     objectives.ScoreKL(temperature=0.1, teacher_temperature=2.0),
     objectives.ScoreKL(in_batch=True),
 ]
 for variant in VARIANTS:
-    variant.bind({"queries": 4, "candidates": 4}, {"queries": 4, "candidates": 4})
+    variant.bind(*[{"queries": 4, "candidates": 4, "pair_vectors": 4}] * 2)
 OBJECTIVES = [cls() for cls in EXPORTED] + VARIANTS
 B, N, P, D, C = 3, 4, 6, 4, 3
 
@@ -54,6 +59,9 @@ def outputs(needs, batch: Batch, seed: int = 0) -> Outputs:
         "in_batch": (queries, candidates),
         "queries": (queries, D),
         "candidates": (candidates, D),
+        "pair_vectors": (queries, listed, D),
+        "joint_queries": (queries, listed, D),
+        "joint_candidates": (queries, listed, D),
     }
     random = torch.Generator().manual_seed(seed)
     return Outputs(**{name: torch.randn(shapes[name], generator=random) for name in sorted(needs.fields)})
@@ -67,7 +75,7 @@ def both(objective, batch: Batch) -> tuple[Outputs, Outputs]:
 
 
 def test_there_are_objectives_to_test():
-    assert len(EXPORTED) == 8
+    assert len(EXPORTED) == 9
     assert all(issubclass(cls, objectives.Objective) for cls in EXPORTED)
     assert {type(variant) for variant in VARIANTS} <= set(EXPORTED)
 
