@@ -205,8 +205,9 @@ class TwoRankers(Encoder):
             for part in in_slices(len(texts), 8192, progress, "texts"):
                 given = [texts[row] for row in order[part]]
                 batch = self.texts.batch_of(*((given, []) if side == "query" else ([], given)))
-                said = dict(self.texts.represent(batch, Needs(*fields)).given())
-                vectors[order[part]] = torch.cat([said[field] for field in fields], dim=-1).cpu()
+                said = self.texts.represent(batch, Needs(*fields))
+                rep, cls = (getattr(said, field) for field in fields)
+                vectors[order[part]] = torch.cat([rep, cls], dim=-1).cpu()
         self.train(learning)
         return vectors
 

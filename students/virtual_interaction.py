@@ -206,11 +206,11 @@ class VirtualInteraction(Model):
             read_u, read_v = interact((u[0], u[1]), (v[0], v[1]), (real_u, real_v))
             if self.residual:
                 read_u, read_v = u[0] + read_u, v[0] + read_v
-        means = (
+        u_mean, v_mean = (
             (tokens * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True)
             for tokens, real in ((read_u, real_u), (read_v, real_v))
         )
-        return self.heads["classifier"](self.dropout(fused(*means, self.square)))
+        return self.heads["classifier"](self.dropout(fused(u_mean, v_mean, self.square)))
 
     def _placed(self, said: Outputs, side: int, rows: Tensor) -> tuple[list[Tensor], Tensor]:
         """Hidden states [n, T, D], attention [n, T, 2, H, d] of rows of a side; which tokens are real."""

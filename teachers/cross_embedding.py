@@ -144,7 +144,7 @@ class CrossEmbedding(Model):
         return Outputs(
             joint_queries=said(joint[0]) if "joint_queries" in needs else None,
             joint_candidates=said(joint[1]) if "joint_candidates" in needs else None,
-            scores=said(F.cosine_similarity(*joint, dim=-1)) if "scores" in needs else None,
+            scores=said(F.cosine_similarity(joint[0], joint[1], dim=-1)) if "scores" in needs else None,
         )
 
     def _joint(self, queries: Ragged, candidates: Ragged) -> Tensor:
@@ -180,7 +180,8 @@ class CrossEmbedding(Model):
         with serving_autocast(self):
             for part in in_slices(len(queries), 4096, progress, "pairs"):
                 texts = self.column.encode(list(queries[part])), self.column.encode(list(candidates[part]))
-                scores.append(F.cosine_similarity(*self._joint(*texts), dim=-1).cpu())
+                joint = self._joint(*texts)
+                scores.append(F.cosine_similarity(joint[0], joint[1], dim=-1).cpu())
         self.train(learning)
         return torch.cat(scores)
 

@@ -112,7 +112,7 @@ class GeometryAlignment(Objective):
             learnt[side] = said(student, APART[side])[rows if side == "Q" else first]
         same = {"Q": batch.query_ids[rows, None] == batch.query_ids[rows], "C": first[:, None] == first}
         itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
-        parts = {}
+        parts = dict[str, Tensor]()
         for term in self.terms:
             target, anchor = term.split("|")
             mask = ~same[target] if target == anchor else ~(same["Q"] | same["C"]) | itself
