@@ -53,7 +53,7 @@ class Objective(nn.Module, ABC):
     """
 
     across = False  # True: compares queries with each other
-    least_queries: ClassVar[int] = 1  # a batch of fewer has nothing to compare
+    least_queries: ClassVar[int] = 0  # a batch of fewer has nothing to compare
     labelled = False  # True: reads batch.labels
 
     def __init__(self, student_needs: Needs, teacher_needs: Needs | None = None):
