@@ -189,9 +189,7 @@ def test_check_says_what_a_run_will_do_and_cost(here):
     done = here("check", here.recipe(), "train.steps=null", "train.epochs=3")
     assert done.code == 0
     assert re.search(r"data +train +8 +20 +8 +8 ", done.out)
-    assert re.search(
-        r"cross +teachers.CrossEncoder +frozen +joint_attention, pair_vectors, scores ", done.out
-    )
+    assert re.search(r"cross +teachers.CrossEncoder +frozen +.*pair_vectors, scores ", done.out)
     assert re.search(r"ranking +cross -> student +ScoreKL +1.0", done.out)
     assert "6 steps of 4 queries (3 epochs)" in done.out  # 8 queries, 4 at a time, 3 times
     assert "cross is asked once about 8 pairs" in done.out
