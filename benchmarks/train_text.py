@@ -5,10 +5,12 @@
 Both train the same 6-layer MiniLM from the same weights on the same groups in the same order: batches of 16
 WikiQA questions with 8 sentences each, KL on scores, AdamW, equal learning rates; see ``_groups.py``.
 
-The sides take turns: the peer with its defaults (float32) and with ``bf16=True``, ours with
-``mixed_precision: auto`` and in float32, all with the checkpoint's dropout. Before, both train in float32
-without dropout, and their losses are compared step by step. Speed is real ids (of all texts of the groups,
-without padding) per second of training steps; the first steps warm up and are not counted.
+Each training is a process of its own, as a user's is: settings and memory that one side leaves behind would
+change the other's speed. The sides take turns: the peer with its defaults (float32) and with ``bf16=True``,
+ours with ``mixed_precision: auto`` and in float32, all with the checkpoint's dropout. Before, both train in
+float32 without dropout, and their losses are compared step by step. Speed is real ids (of all texts of the
+groups, without padding) per second of training steps; the first steps, in which memory grows and kernels are
+made for new shapes, warm up and are not counted. ``--quick`` times fewer steps, once.
 ``seconds_including_setup`` runs from groups of texts in memory to the last step: loading the model, making
 the data set, cutting texts into ids (ours: into an empty cache; the peer does it within each step),
 and the first steps.
@@ -24,7 +26,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +89,7 @@ class Run:
     warm: int
     steps: int
     precision: str = ""
-    losses: list[Any] = field(default_factory=list)
+    losses: list[Any] = field(default_factory=list)  # tensors until the run is over
     ends: list[float] = field(default_factory=list)
     start: float = field(default_factory=time.perf_counter)
 
@@ -116,7 +120,7 @@ class Run:
     @property
     def curve(self) -> list[float]:
         """The mean KL of each step, without the factor of the temperature."""
-        return [loss.item() / TEMPERATURE**2 for loss in self.losses]
+        return [float(loss) / TEMPERATURE**2 for loss in self.losses]
 
     def __str__(self) -> str:
         return f"{self.seconds:.2f} s for {self.steps - self.warm} steps ({self.precision})"
@@ -227,9 +231,20 @@ def train_ours(setting: Setting, precision: str = "auto", dropout: float | None 
     return run
 
 
+def alone(train: Callable[..., Run], *arguments: Any) -> Run:
+    """``train`` with these arguments, in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_trained, train, arguments).result()
+
+
+def _trained(train: Callable[..., Run], arguments: tuple[Any, ...]) -> Run:
+    run = train(*arguments)
+    return replace(run, losses=[float(loss) for loss in run.losses])
+
+
 def compare_curves(setting: Setting) -> dict[str, Any]:
     """Both sides in float32 without dropout: the same numbers, step by step."""
-    peer, ours = train_peer(setting, dropout=0.0).curve, train_ours(setting, "no", dropout=0.0).curve
+    peer, ours = alone(train_peer, setting, False, 0.0).curve, alone(train_ours, setting, "no", 0.0).curve
     differences = [abs(a - b) for a, b in zip(peer, ours, strict=True)]
     for step, (a, b) in enumerate(zip(peer, ours, strict=True), 1):
         print(f"step {step}: KL {a:.6f} (peer) {b:.6f} (ours)")
@@ -249,23 +264,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     checkpoint = resolve_checkpoint(arguments.model)
     gpu = device.type == "cuda"
-    warm, timed = (5, 20 if quick else 60) if gpu else (1, 2 if quick else 12)
+    warm, timed = (5, 20 if quick else 60) if gpu else (3, 5 if quick else 12)
     steps = warm + (arguments.steps or timed)
     data, groups = read_groups(steps * BATCH)
     setting = Setting(checkpoint, device, groups, in_order(groups, steps), warm, steps)
     some = arguments.curve_steps or (2 if quick else 8)
-    started = time.perf_counter()
     peaks = Peak(device, seconds=0.3 if quick else 1.0)
     curves = compare_curves(Setting(checkpoint, device, groups, in_order(groups, some), 1, some))
 
     sides: dict[str, Callable[[], Run]] = {
-        "peer": lambda: train_peer(setting),
-        "ours": lambda: train_ours(setting),
-        "peer_bf16": lambda: train_peer(setting, bf16=True),
-        "ours_float32": lambda: train_ours(setting, "no"),
+        "peer": lambda: alone(train_peer, setting),
+        "ours": lambda: alone(train_ours, setting),
+        "peer_bf16": lambda: alone(train_peer, setting, True),
+        "ours_float32": lambda: alone(train_ours, setting, "no"),
     }
-    budget = 150 - (time.perf_counter() - started) if quick else None
-    runs = alternate(sides, arguments.rounds or (2 if quick else 3), budget)
+    runs = alternate(sides, arguments.rounds or (1 if quick else 3))
     peaks.measure()
 
     student = BiEncoder(checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -77,8 +78,9 @@ class Ragged:
 
     def select(self, rows: Tensor) -> Ragged:
         """The given rows, in the given order, one gather: rows [m] int64."""
-        lengths = self.lengths[rows]
-        return Ragged.of_lengths(self.values[_spread(self.offsets[rows], lengths)], lengths)
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        return Ragged.of_lengths(self.values[_spread(starts, lengths)], lengths)
 
     def truncate(self, length: int | Tensor) -> Ragged:
         """At most the first ``length`` values of each row; one limit for all or one per row [n]."""
@@ -102,6 +104,38 @@ class Ragged:
 
     def tolist(self) -> list[list[Any]]:
         return [self[row].tolist() for row in range(len(self))]
+
+
+class ChosenRows(Ragged):
+    """``whole.select(rows)``, done when somebody looks: for what most objectives never ask about."""
+
+    def __init__(self, whole: Ragged, rows: Tensor):
+        object.__setattr__(self, "whole", whole)
+        object.__setattr__(self, "rows", rows)
+
+    whole: Ragged
+    rows: Tensor
+
+    @cached_property
+    def _made(self) -> Ragged:
+        return self.whole.select(self.rows)
+
+    @property
+    def values(self) -> Tensor:
+        return self._made.values
+
+    @property
+    def offsets(self) -> Tensor:
+        return self._made.offsets
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, rows: Tensor) -> Ragged:
+        return ChosenRows(self.whole, self.rows[rows])
+
+    def to(self, device: torch.device | str) -> Ragged:
+        return self if torch.device(device) == self.whole.values.device else self._made.to(device)
 
 
 def _spread(starts: Tensor, lengths: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from distill.arguments import wrong_value
 from distill.data.dataset import DataSet
 from distill.data.mixture import Mixture
-from distill.data.source import Source
+from distill.data.source import JudgedSource, Source
+from distill.data.topics import Topics
 from distill.errors import Mistakes, RecipeError, UserError
 from distill.graph import Arrow, DistillationGraph
 from distill.model import Model
@@ -32,6 +33,7 @@ SOURCE_KEYS = (
     "candidates",
     "negatives",
     "with_positive",
+    "topics",
     "path",
 )  # of any data set: batches, and where files lie
 
@@ -42,11 +44,12 @@ class Builder:
 
     Args:
         trusted: Packages that a ``type`` may name, besides ours.
-        run_folder: Gives the folder of the model that another recipe makes, for ``{run: NAME}``.
+        run_folder: Gives the folder of the model that another recipe makes, for ``{run: NAME}``; None where
+            it is not made yet, and starts from no checkpoint.
     """
 
     trusted: Collection[str] = ()
-    run_folder: Callable[[str], str | Path] | None = None
+    run_folder: Callable[[str], str | Path | None] | None = None
     problems: list[str] = field(default_factory=list)
     known: dict[str, DataSet] = field(default_factory=dict)  # the data sets, once they are built
 
@@ -64,10 +67,11 @@ class Builder:
             self._check_call(node, where, SOURCE_KEYS, DataSet)
             if isinstance(node, Mapping) and not isinstance(node.get("negatives", []), list):
                 self.problems.append(f"{where}.negatives: it should be a list of samplers.")
-            for i, key, model in self._nodes_of_samplers(node):
+            if isinstance(node, Mapping) and "topics" in node:
+                self._check_call(node["topics"], f"{where}.topics", (), Topics)
+            for place, key, model in self._nodes_of_samplers(node):
                 if model not in recipe.models:
-                    place = f"{where}.negatives[{i}].{key}"
-                    self._say(place, f"there is no model '{model}'.", model, recipe.models)
+                    self._say(f"{where}.{place}.{key}", f"there is no model '{model}'.", model, recipe.models)
         for name, node in recipe.models.items():
             self._check_name(name, f"models.{name}", (*RUN_FOLDERS, "labels"))  # no model may be called so
             if set(node) == {"ref"}:
@@ -97,17 +101,21 @@ class Builder:
             self._say("keep", f"there is no model '{recipe.keep}' to keep.", recipe.keep, recipe.models)
         return list(dict.fromkeys(self.problems))
 
-    def _nodes_of_samplers(self, node: Any) -> Iterator[tuple[int, str, str]]:
-        """The nodes that a data set's samplers of negatives name: which sampler, by which key, the node."""
-        samplers = node.get("negatives") if isinstance(node, Mapping) else None
-        for i, sampler in enumerate(samplers if isinstance(samplers, list) else []):
+    def _nodes_of_samplers(self, node: Any) -> Iterator[tuple[str, str, str]]:
+        """The nodes that a data set's samplers and topics name: where these stand, by which key, the node."""
+        node = node if isinstance(node, Mapping) else {}
+        samplers = node.get("negatives")
+        places = {
+            f"negatives[{i}]": one for i, one in enumerate(samplers if isinstance(samplers, list) else [])
+        }
+        for place, sampler in {**places, "topics": node.get("topics")}.items():
             try:
                 target = self._locate(sampler.get("type"), "") if isinstance(sampler, Mapping) else None
             except RecipeError:
                 continue  # said with the sampler itself
             for key in getattr(target, "names_nodes", ()):
                 if isinstance(sampler.get(key), str):
-                    yield i, key, sampler[key]
+                    yield place, key, sampler[key]
 
     def build(self, node: Any, where: str) -> Any:
         """Objects for a recipe node that refers to no other node."""
@@ -118,7 +126,8 @@ class Builder:
         if set(node) == {"run"}:
             if self.run_folder is None:
                 raise RecipeError(f"{where}.run: '{node['run']}' names a run, and there are none here.")
-            return str(self.run_folder(node["run"]))
+            folder = self.run_folder(node["run"])
+            return None if folder is None else str(folder)
         if set(node) == {"data"}:
             return self._features(node["data"], f"{where}.data")
         arguments = {key: self.build(value, f"{where}.{key}") for key, value in node.items() if key != "type"}
@@ -128,8 +137,13 @@ class Builder:
         """The data sets by name."""
         data, mistakes = {}, Mistakes()
         for name, node in recipe.data_sets.items():
-            arguments = {k: _below(node.get("path"), v) for k, v in node.items() if k not in SOURCE_KEYS}
             with mistakes:
+                own = inspect.signature(self._locate(node["type"], self._place(recipe, name))).parameters
+                arguments = {
+                    k: v if k == "path" else _below(node.get("path"), v)
+                    for k, v in node.items()
+                    if k not in SOURCE_KEYS or (k == "path" and k in own)
+                }
                 data[name] = self.build(arguments, self._place(recipe, name))
                 for teacher in data[name].teachers:
                     if teacher not in recipe.models:
@@ -160,7 +174,7 @@ class Builder:
             raise RecipeError(
                 "data: no arrow hears a data set with a train split, so there is nothing to train on."
             )
-        sources: dict[str, Source] = {}
+        sources: dict[str, JudgedSource] = {}
         for name in heard:
             node = recipe.data_sets[name]
             arguments = {
@@ -174,8 +188,10 @@ class Builder:
                 "name": name,
                 **arguments,
             }
+            topics = arguments.pop("topics", None)
             try:
                 sources[name] = data[name].train_source(**arguments)
+                sources[name].topics = topics
             except (ValueError, TypeError) as error:
                 raise RecipeError(f"{self._place(recipe, name)}: {error}") from error
         return Mixture(sources, recipe.train.seed) if len(sources) > 1 else next(iter(sources.values()))
@@ -302,6 +318,8 @@ class Builder:
                     self._check_call(item, inner, ())
             if key in ("train", "detach") and key in extra:  # in YAML 1.2, `no` is a word
                 problem = "" if isinstance(value, bool) else f"should be true or false, got {value!r}"
+            elif key == "of" and base is Model:  # names, checked above; what is passed are the models
+                problem = ""
             else:
                 takes = DataSet.train_source if base is DataSet and key in extra else target
                 problem = wrong_value(takes, key, value)
@@ -417,5 +435,9 @@ def _names(value: Any) -> list[str]:
 
 
 def _example(base: type | None) -> str:
-    examples: dict[type | None, str] = {Model: "students.BiEncoder", Objective: "distill.objectives.ScoreKL"}
+    examples: dict[type | None, str] = {
+        Model: "students.BiEncoder",
+        Objective: "distill.objectives.ScoreKL",
+        Topics: "distill.data.Topics",
+    }
     return examples.get(base, "distill.data.Retrieval")

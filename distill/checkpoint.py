@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from distill.processes import gather, is_first, rank, world
 def save_checkpoint(
     folder: Path,
     parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     state: Mapping[str, Any],
 ) -> None:
     """Write one checkpoint: trained parameters, their optimiser state, the random state, and ``state``.
@@ -39,6 +39,7 @@ def save_checkpoint(
         moments = {
             f"{name}|{key}": value.detach().cpu().contiguous()
             for name, parameter in parameters.items()
+            for optimizer in optimizers
             for key, value in optimizer.state.get(parameter, {}).items()
         }
         save_file(moments, path / "optimizer.safetensors")
@@ -47,7 +48,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    folder: Path, parameters: Mapping[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, Any]:
     """Put a checkpoint's parameters, optimiser and random state back; returns ``state``."""
     try:
@@ -57,11 +58,12 @@ def load_checkpoint(
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, SafetensorError, ValueError) as error:  # a ValueError: JSON, or text, that is none
         raise DataError(_unreadable(folder, error)) from error
+    moved_by = {p: one for one in optimizers for group in one.param_groups for p in group["params"]}
     for place, value in moments.items():
         name, _, key = place.rpartition("|")
         parameter = parameters[name]
         step = key == "step"  # fused optimisers keep their step count on the parameter's device
-        optimizer.state[parameter][key] = (
+        moved_by[parameter].state[parameter][key] = (
             value if step and parameter.device.type == "cpu" else value.to(parameter.device)
         )
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):

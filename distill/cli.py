@@ -202,11 +202,13 @@ def index(
     factory: Annotated[str, typer.Option(help="Of Faiss: Flat, HNSW32, IVF1024,PQ32, ...")] = "Flat",
     text_column: Annotated[str, typer.Option(help="Its name in the corpus.")] = "text",
     id_column: Annotated[str, typer.Option(help="Its name in the corpus.")] = "_id",
-    title_column: Annotated[str | None, typer.Option(help="Put before the text.", show_default=False)] = None,
+    title_column: Annotated[
+        str | None, typer.Option(help="Put before the text; of items: what is shown.", show_default=False)
+    ] = None,
     runs: RunsFolder = RUNS,
     debug: Debug = False,
 ) -> None:
-    """Build a Faiss index of a corpus."""
+    """Build a Faiss index of a corpus: of texts, or of items with the columns that a two-tower reads."""
     with reported(debug):
         from distill.index import ABOUT, Index
         from distill.open import model_folder
@@ -215,20 +217,30 @@ def index(
             raise UserError(f"{output} is there and is no index; name another folder with --output.")
         quiet_libraries()
         encoder = _encoder(model, runs)
-        ids, texts = _corpus(corpus, id_column, text_column, title_column)
-        say(f"encoding {len(texts):,} texts")
-        vectors = encoder.encode_candidates(texts, progress=True)
+        if hasattr(encoder, "encode_items"):
+            ids, texts, vectors = _items(encoder, corpus, id_column, title_column)
+        else:
+            ids, texts = _corpus(corpus, id_column, text_column, title_column)
+            say(f"encoding {len(texts):,} texts")
+            vectors = encoder.encode_candidates(texts, progress=True)
         local = Path(model).expanduser().is_dir() or (runs / model).is_dir()
         name = str(model_folder(model, runs).resolve()) if local else model
         made = Index.build(vectors, ids, texts, factory=factory, model=name)
         made.save(output)
-        print(f"{output}: {len(made):,} candidates, {made.dim} dimensions, {factory}")
+        tokens = "" if made.tokens is None else f" of {len(made.tokens.values):,} tokens"
+        print(f"{output}: {len(made):,} candidates{tokens}, {made.dim} dimensions, {factory}")
 
 
 @app.command()
 def search(
-    folder: Annotated[Path, typer.Argument(metavar="INDEX", help="The folder of an index.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="INDEX", help="The folder of an index, or a run or model beside one.")
+    ],
     queries: Annotated[list[str] | None, typer.Argument(help="None: one per line of stdin.")] = None,
+    user: Annotated[
+        list[str] | None,
+        typer.Option(metavar="JSON", help="A user's features and history, for a two-tower; repeatable."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Another model than the one that made the index.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Hits per query.")] = 10,
     runs: RunsFolder = RUNS,
@@ -237,10 +249,11 @@ def search(
     """Ask an index."""
     with reported(debug):
         quiet_libraries()
-        asked = queries or [line.strip() for line in sys.stdin if line.strip()]
+        asked: list[Any] = [_user(text) for text in user or ()] or list(queries or ())
+        asked = asked or [line.strip() for line in sys.stdin if line.strip()]
         if not asked:
             raise UserError("no query: give one as an argument, or one per line of stdin.")
-        _answer(folder, asked, k, model, runs)
+        _answer(_index_folder(folder, runs), asked, k, model, runs)
 
 
 def _prune(scoring: Any, yes: bool) -> None:
@@ -279,19 +292,41 @@ def _show(folder: Path) -> None:
         _answer(folder / "index", queries, k=3)
 
 
+def _user(text: str) -> dict[str, Any]:
+    """A user as the command line gives it."""
+    try:
+        user = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--user: this is no JSON ({error}): {text}") from error
+    if not isinstance(user, dict):
+        raise UserError(f'--user: a user is a JSON object, such as {{"user_id": 7}}, got {text}')
+    return user
+
+
+def _index_folder(spec: Path, runs: Path) -> Path:
+    """The folder of an index: named itself, or inside or beside the run or model that is named."""
+    from distill.index import ABOUT
+
+    named = (spec, spec / "index", runs / spec / "index", spec.parent / "index")
+    return next((folder for folder in named if (folder / ABOUT).is_file()), spec)
+
+
 def _answer(
-    folder: Path, queries: Sequence[str], k: int, model: str | None = None, runs: Path = RUNS
+    folder: Path, queries: Sequence[Any], k: int, model: str | None = None, runs: Path = RUNS
 ) -> None:
-    """Print the hits of each query: score, id and the start of the text."""
+    """Print the hits of each query, a text or a user: score, id and the start of the text."""
     from distill.index import Index
 
     index = Index.load(folder)
     if not (name := model or index.about.get("model")):
         raise UserError(f"{folder} does not say which model made it; name it with --model.")
     beside = model is None and (folder / name).is_dir()  # the model of a run lies beside its index
-    vectors = _encoder(str(folder / name) if beside else name, runs).encode_queries(list(queries))
+    encoder = _encoder(str(folder / name) if beside else name, runs)
+    if hasattr(encoder, "encode_users") != isinstance(queries[0], dict):
+        raise UserError("a two-tower is asked with --user JSON, an encoder of texts with a text.")
+    vectors = encoder.encode_queries(list(queries))
     for query, hits in zip(queries, index.search(vectors, k), strict=True):
-        print(query)
+        print(json.dumps(query, ensure_ascii=False) if isinstance(query, dict) else query)
         for hit in hits:
             print(f"{hit.rank:>4}  {hit.score:.4f}  {hit.id}  {one_line(hit.text or '')}".rstrip())
 
@@ -307,6 +342,23 @@ def _encoder(name: str, runs: Path) -> Any:
             f"vectors, so it cannot be indexed or searched."
         )
     return model
+
+
+def _items(
+    encoder: Any, spec: str, id_column: str, title_column: str | None
+) -> tuple[list[str], list[str] | None, Any]:
+    """Ids, what is shown, and vectors of a table of items; other columns than the model's are not read."""
+    from distill.data.frames import collect, require, scan
+
+    frame = scan(spec, "CORPUS")
+    read = [feature.source for feature in encoder.item_features]
+    wanted = list(dict.fromkeys([id_column, *read, *([title_column] if title_column else [])]))
+    require(frame, wanted, "CORPUS")
+    rows = collect(frame.select(wanted), "CORPUS")
+    say(f"encoding {len(rows):,} items")
+    vectors = encoder.encode_items(rows.select(read), progress=True)
+    shown = None if title_column is None else [str(title) for title in rows[title_column].to_list()]
+    return [str(name) for name in rows[id_column].to_list()], shown, vectors
 
 
 def _corpus(

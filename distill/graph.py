@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -16,7 +16,7 @@ from distill.errors import RecipeError
 from distill.gradient_cache import cached
 from distill.model import Model
 from distill.objectives.base import Loss, Objective
-from distill.outputs import ROWWISE, Needs, Outputs
+from distill.outputs import OF_TOKENS, ROWWISE, Needs, Outputs
 from distill.pieces import in_pieces
 from distill.processes import world
 
@@ -46,6 +46,10 @@ class Arrow:
     detach: bool = True
     data: tuple[str, ...] | None = None
     labels: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tail is not None:
+            self.objective.hear()
 
     def weight_at(self, progress: float) -> float:
         """The weight at a progress in [0, 1].
@@ -142,7 +146,9 @@ class DistillationGraph(nn.Module):
         said = self.represent(batch, asked)
         said = {name: self._compare(name, outputs, batch, asked[name]) for name, outputs in said.items()}
         return {
-            arrow.name: arrow.objective(said[arrow.head], self._heard(arrow, said, batch), batch)
+            arrow.name: arrow.objective(
+                said[arrow.head], self._heard(arrow, said, batch), self._taught(arrow, batch)
+            )
             for arrow in arrows
         }
 
@@ -180,7 +186,10 @@ class DistillationGraph(nn.Module):
         return order
 
     def represent(self, batch: Batch, asked: Mapping[str, Needs]) -> dict[str, Outputs]:
-        """The heavy half: what each node says row by row; known answers are taken from the batch."""
+        """The heavy half: what each node says row by row; known answers are taken from the batch.
+
+        Of nodes that others are built from it is the whole answer.
+        """
         said: dict[str, Outputs] = {}
         for name, needs in asked.items():
             node, stored = self.nodes[name], batch.stored.get(name)
@@ -192,6 +201,8 @@ class DistillationGraph(nn.Module):
                     said[name] = known
                     continue
             view = batch.view(*node.reads.keys)
+            for below in node.of:  # it hears answers, not only what they follow from
+                said[below] = self._compare(below, said[below], batch, asked[below])
             with torch.set_grad_enabled(torch.is_grad_enabled() and name in self.trained):
                 if node.of:
                     with self.autocast():
@@ -227,6 +238,12 @@ class DistillationGraph(nn.Module):
             return Outputs(scores=batch.labels) if arrow.labels else None
         return said[arrow.tail].detach() if arrow.detach else said[arrow.tail]
 
+    def _taught(self, arrow: Arrow, batch: Batch) -> Batch:
+        """The batch of an arrow: it lists only the pairs that its tail knows a score of."""
+        tail = None if arrow.tail is None else self.nodes[arrow.tail]
+        known = None if tail is None else tail.knows(batch.view(*tail.reads.keys))
+        return batch if known is None else replace(batch, mask=batch.mask & known)
+
     def columns(self) -> Columns:
         """The columns that the nodes read, each once."""
         sides: tuple[dict[str, Readable], ...] = ({}, {}, {})
@@ -238,7 +255,7 @@ class DistillationGraph(nn.Module):
     def counts(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """Over how many terms each open arrow sums on this batch, before anything is run."""
         return {
-            arrow.name: arrow.objective.count(batch).sum()
+            arrow.name: arrow.objective.count(self._taught(arrow, batch)).sum()
             for arrow in self.open_arrows(progress, batch.source)
         }
 
@@ -271,11 +288,19 @@ class DistillationGraph(nn.Module):
         elif self.keep not in self.trained:
             problems.append(f"models.{self.keep}: the node to keep must be trained; remove `train: false`.")
         heads = {arrow.head for arrow in self.arrows}
-        learn_through = {below for name in heads if name in self.nodes for below in self._below(name)}
+        learn_through = {below for name in heads if name in self.nodes for below in self.below(name)}
         for name in sorted(self.trained - heads - learn_through):
             problems.append(
                 f"models.{name}: it is trained, but no arrow leads to it; add one or set `train: false`."
             )
+        for name, node in self.nodes.items():
+            for data in node.by_data:
+                if sources and data not in sources:
+                    there = ", ".join(sources)
+                    problems.append(f"models.{name}: there is no data set '{data}'; there are {there}.")
+        if self.trained and not self.trainable():
+            names = " and ".join(sorted(self.trained))
+            problems.append(f"models: {names} has no parameter that could learn; there is nothing to train.")
         frozen = {
             id(p): n for n, node in self.nodes.items() if n not in self.trained for p in node.parameters()
         }
@@ -289,9 +314,10 @@ class DistillationGraph(nn.Module):
         if problems:
             raise RecipeError("\n".join(problems))
 
-    def _below(self, name: str) -> set[str]:
+    def below(self, name: str) -> set[str]:
+        """The nodes that a node is built from, and those that these are built from."""
         below = set(self.nodes[name].of) & self.nodes.keys()
-        return below | {deeper for node in below for deeper in self._below(node)}
+        return below | {deeper for node in below for deeper in self.below(node)}
 
     def _arrow_problems(self, arrow: Arrow, sources: Mapping[str, bool]) -> Iterable[str]:
         where, objective = f"losses.{arrow.name}", arrow.objective
@@ -320,18 +346,40 @@ class DistillationGraph(nn.Module):
                     f"({type(self.nodes[name]).__name__}) provides only {', '.join(sorted(provides))}. "
                     f"Choose a {side} that provides it, or take this arrow out of the recipe."
                 )
+        yield from self._token_problems(arrow, where)
         if arrow.tail is not None and not objective.teacher_needs:
             yield f"{where}.from: {kind} hears no teacher, only labels; remove `from`."
         for name in arrow.data or ():
             if sources and name not in sources:
                 yield f"{where}.data: there is no data set '{name}'; there are {', '.join(sources)}."
         heard = [name for name in sources if arrow.data is None or name in arrow.data]
-        if arrow.labelled and (bare := [name for name in heard if not sources[name]]):
+        if self._reads_labels(arrow) and (bare := [name for name in heard if not sources[name]]):
+            who = kind if arrow.labelled else f"'{arrow.tail}'"
             yield (
-                f"{where}: {kind} reads labels, and data set '{bare[0]}' has none; "
+                f"{where}: {who} reads labels, and data set '{bare[0]}' has none; "
                 f"limit the arrow with `data: [...]` to those that have."
             )
         yield from self._weight_problems(where, arrow.weight)
+
+    def _token_problems(self, arrow: Arrow, where: str) -> Iterable[str]:
+        """Tokens are matched by their place in ids, which both ends must have cut alike."""
+        needs = (arrow.objective.student_needs, arrow.objective.teacher_needs)
+        ends = [self.nodes.get(name or "") for name in (arrow.head, arrow.tail)]
+        if ends[0] is None or ends[1] is None or not all(one.fields & OF_TOKENS for one in needs):
+            return
+        head, tail = (end.reads.keys[:2] for end in ends if end is not None)
+        if head != tail:
+            yield (
+                f"{where}: {type(arrow.objective).__name__} matches tokens of '{arrow.tail}' and "
+                f"'{arrow.head}', which cut texts into different ids: their tokenizers or prompts differ. "
+                f"Take checkpoints of one tokenizer, and set the prompts of '{arrow.head}' to \"\"."
+            )
+
+    def _reads_labels(self, arrow: Arrow) -> bool:
+        """Whether the arrow reads the labels, or a teacher does that it hears."""
+        tail = arrow.tail if arrow.tail in self.nodes else None
+        heard = [] if tail is None else [tail, *self.below(tail)]
+        return arrow.labelled or any(self.nodes[name].labelled for name in heard)
 
     @staticmethod
     def _weight_problems(where: str, weight: Weight) -> Iterable[str]:

@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from distill.batch import Ragged
 from distill.errors import DataError, RecipeError, UserError
 from distill.hub.files import atomic_folder, read_json, write_json
+from distill.token_search import search_by_tokens
 
-VECTORS, ROWS, ABOUT = "vectors.faiss", "candidates.parquet", "index.json"
+VECTORS, ROWS, ABOUT, TOKENS = "vectors.faiss", "candidates.parquet", "index.json", "tokens.npy"
 TIED = 2**22  # scores held at a time while a tie is followed to its end
 
 
@@ -32,14 +34,16 @@ class Hit(NamedTuple):
 class Index:
     """Candidates that can be searched by the inner product of their vectors with a query's.
 
+    Of candidates with a vector per token Faiss finds the tokens, and MaxSim scores exactly whose they are.
     Equal scores are ordered by the candidate's row, so the same index gives the same list everywhere.
     Made by ``Index.build`` or ``Index.load``.
 
     Args:
-        faiss_index: A trained Faiss index, metric inner product, that holds one vector per id.
+        faiss_index: A trained Faiss index, metric inner product, that holds one vector per id, or token.
         ids: The candidates' ids, by row.
         texts: Their texts, if they are to be shown.
         about: What ``index.json`` says: factory, metric, search, dim, count, model.
+        tokens: The vectors of their tokens, where they have several.
 
     Example:
         >>> index = Index.build(torch.eye(3), ids=["a", "b", "c"])
@@ -47,16 +51,24 @@ class Index:
         ['b', 'c']
     """
 
-    def __init__(self, faiss_index: Any, ids: list[str], texts: list[str] | None, about: dict[str, Any]):
+    def __init__(
+        self,
+        faiss_index: Any,
+        ids: list[str],
+        texts: list[str] | None,
+        about: dict[str, Any],
+        tokens: Ragged | None = None,
+    ):
         self.faiss_index = faiss_index
         self.ids = ids
         self.texts = texts
         self.about = about
+        self.tokens = tokens
 
     @classmethod
     def build(
         cls,
-        vectors: Tensor | np.ndarray,
+        vectors: Tensor | np.ndarray | Ragged,
         ids: Sequence[str],
         texts: Sequence[str] | None = None,
         factory: str = "Flat",
@@ -67,7 +79,7 @@ class Index:
         """Train (where the factory needs it) and fill an index.
 
         Args:
-            vectors: One per candidate [n, D].
+            vectors: One per candidate [n, D], or n rows of them, one per token.
             ids: n distinct ids.
             texts: n texts, kept to be shown with the hits.
             factory: A string of Faiss' ``index_factory``: ``Flat`` compares with every vector, ``HNSW32``
@@ -78,8 +90,8 @@ class Index:
         """
         if metric not in ("dot", "cosine"):
             raise RecipeError(f"index: metric must be dot or cosine, got '{metric}'.")
-        rows = _vectors(vectors, "vectors")
-        n, dim = rows.shape
+        rows = _vectors(vectors.values if isinstance(vectors, Ragged) else vectors, "vectors")
+        n, dim = len(vectors), rows.shape[1]
         ids, texts = [str(i) for i in ids], None if texts is None else list(texts)
         _check_rows(n, ids, texts)
         about = {
@@ -92,6 +104,8 @@ class Index:
         }
         index = cls(_make(factory, dim), ids, texts, about)
         rows = index._ready(rows)
+        if isinstance(vectors, Ragged):
+            index.tokens = Ragged(torch.from_numpy(rows), vectors.offsets)
         if not index.faiss_index.is_trained:
             _train(index.faiss_index, rows, factory)
         index.faiss_index.add(rows)
@@ -120,14 +134,20 @@ class Index:
                 ) from error
         self.about["search"] = {**self.about["search"], **values}
 
-    def search_arrays(self, vectors: Tensor | np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search_arrays(self, vectors: Tensor | np.ndarray | Ragged, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best candidates of each query: scores [q, k] float32 and rows [q, k] int64, best first.
 
         Where fewer are found (a small index, or few cells looked into), the row is -1, the score -inf.
         """
         if k < 1:
             raise RecipeError(f"index: k must be at least 1, got {k}.")
-        queries = _vectors(vectors, "query vectors")
+        if isinstance(vectors, Ragged) != (self.tokens is not None):
+            here, there = ("token", "text") if self.tokens is not None else ("text", "token")
+            raise DataError(
+                f"index: it holds a vector per {here}, the queries have one per {there}. Encode the queries "
+                f"with the model that made the index."
+            )
+        queries = _vectors(vectors.values if isinstance(vectors, Ragged) else vectors, "query vectors")
         if queries.shape[1] != self.dim:
             raise DataError(
                 f"index: the queries have {queries.shape[1]} dimensions, the index has {self.dim}"
@@ -135,6 +155,9 @@ class Index:
                 + ". Encode the queries with the model that made the index."
             )
         queries = self._ready(queries)
+        if isinstance(vectors, Ragged) and self.tokens is not None:
+            asked = Ragged(torch.from_numpy(queries), vectors.offsets)
+            return search_by_tokens(self.faiss_index.search, asked, self.tokens, k)
         found = min(k, len(self))
         scores, rows = nearest(self.faiss_index.search, queries, found, len(self))
         if found < k:
@@ -143,8 +166,8 @@ class Index:
             rows = np.pad(rows, wide, constant_values=-1)
         return scores, rows
 
-    def search(self, vectors: Tensor | np.ndarray, k: int = 10) -> list[list[Hit]]:
-        """The k best candidates of each query [q, D], best first."""
+    def search(self, vectors: Tensor | np.ndarray | Ragged, k: int = 10) -> list[list[Hit]]:
+        """The k best candidates of each query ([q, D], or q rows of token vectors), best first."""
         scores, rows = self.search_arrays(vectors, k)
         return [
             [
@@ -160,11 +183,13 @@ class Index:
         import faiss
 
         columns = {"id": self.ids} if self.texts is None else {"id": self.ids, "text": self.texts}
+        table = pa.table({name: pa.array(v, pa.string()) for name, v in columns.items()})
         with atomic_folder(folder) as new:
             faiss.write_index(self.faiss_index, str(new / VECTORS))
-            pq.write_table(
-                pa.table({name: pa.array(v, pa.string()) for name, v in columns.items()}), new / ROWS
-            )
+            if self.tokens is not None:
+                np.save(new / TOKENS, self.tokens.values.numpy())
+                table = table.append_column("tokens", pa.array(self.tokens.lengths.numpy()))
+            pq.write_table(table, new / ROWS)
             write_json(new / ABOUT, self.about)
 
     @classmethod
@@ -181,18 +206,26 @@ class Index:
         try:
             faiss_index = faiss.read_index(str(folder / VECTORS))
             table = pq.read_table(folder / ROWS)
-        except (RuntimeError, pa.ArrowException, OSError) as error:
+            tokens = None
+            if "tokens" in table.column_names:
+                values = torch.from_numpy(np.load(folder / TOKENS, mmap_mode="c"))  # read as it is needed
+                tokens = Ragged.of_lengths(values, torch.tensor(table["tokens"].to_pylist()))
+        except (RuntimeError, pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{folder} cannot be read ({_reason(error)}). Build the index again.") from error
         ids = table["id"].to_pylist()
         texts = table["text"].to_pylist() if "text" in table.column_names else None
         told = {"index.json": about.get("count"), VECTORS: faiss_index.ntotal, ROWS: len(ids)}
+        if tokens is not None:
+            total = int(tokens.offsets[-1])
+            whole = faiss_index.ntotal == len(tokens.values) == total
+            told |= {VECTORS: len(ids) if whole else faiss_index.ntotal}
         if len(set(told.values())) != 1 or faiss_index.d != about.get("dim"):
             counts = ", ".join(f"{name} {count}" for name, count in told.items())
             raise DataError(
                 f"{folder}: its parts do not belong together (candidates: {counts}; dimensions: index.json "
                 f"{about.get('dim')}, {VECTORS} {faiss_index.d}). Build the index again."
             )
-        index = cls(faiss_index, ids, texts, about)
+        index = cls(faiss_index, ids, texts, about, tokens)
         index.set_search(**about.get("search", {}))
         return index
 

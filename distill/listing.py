@@ -25,13 +25,19 @@ METRICS = {
     "Recall@100": "share of the relevant candidates among the first 100",
     "MAP": "mean over the relevant candidates of the precision at their rank",
     "P@1": "share of relevant candidates among the first 1",
-    "Success@5": "whether a relevant candidate is among the first 5",
+    "Success@5": "whether a relevant candidate is among the first 5; also HitRate@5",
+    "Recall(cold=5)@10": "any of these, for candidates chosen at most 5 times in training",
+    "Coverage@10": "share of the catalogue that is among the first 10 of some query",
+    "AveragePopularity@10": "how often the first 10 were chosen in training, on average",
     "Spearman": "pairs: correlation of ranks with graded labels",
     "Pearson": "pairs: correlation with graded labels",
     "AUC": "pairs: how often a positive scores above a negative",
+    "GAUC": "pairs: AUC within each user's pairs, weighted by how many they are",
     "Accuracy": "pairs: share decided rightly, by a threshold fitted on dev",
     "F1": "pairs: harmonic mean of precision and recall, by a threshold fitted on dev",
     "Logloss": "pairs: mean negative log-likelihood, scores read as logits",
+    "ECE": "pairs: how far predicted probabilities are from shares of positives, in 15 bins",
+    "Calibration": "pairs: predicted over observed positives; 1 is right on average",
 }
 
 
@@ -58,14 +64,14 @@ def _recipes() -> Iterator[tuple[str, str]]:
 
 def _classes(package: str, kind: str) -> Iterator[tuple[str, str]]:
     """The classes of a package that a recipe can name for this, by their import path."""
-    from distill.data import DataSet, Negatives
+    from distill.data import DataSet, Negatives, Topics
     from distill.model import Model
     from distill.objectives import Objective
 
     bases: dict[str, tuple[type, ...]] = {
         "objectives": (Objective,),
         "models": (Model,),
-        "data": (DataSet, Negatives),
+        "data": (DataSet, Negatives, Topics),
     }
     module = importlib.import_module(package)
     for name in module.__all__:

@@ -7,35 +7,68 @@ from typing import Any, cast
 
 import torch
 
-from distill.data.judged import Judged
+from distill.data.judged import Judged, TextTable
 from distill.errors import RecipeError
 from distill.evaluation import Evaluation, evaluate_model, queries_per_second, size_in_mb, tells_classes
+from distill.evaluation.scoring import can_search, pair_columns
 from distill.model import Encoder, Model
 from distill.settings import EvaluateSettings
 
 TIMED = 512  # queries whose encoding is timed
 
 
-def can_be_measured(model: Model, judged: Judged | None, metrics: Sequence[str]) -> bool:
-    """Whether it can search, or at least put candidates in order; of several classes, tell which."""
-    by_pairs = hasattr(model, "score_pairs")
-    if judged is not None and tells_classes(judged, metrics):
-        return by_pairs and "classes" in model.provides and "scores" not in model.provides
-    return isinstance(model, Encoder) or (by_pairs and "scores" in model.provides)
+def can_be_measured(model: Model) -> bool:
+    """Whether it can search, or at least put candidates in order, by what it knows when it serves."""
+    scorer = hasattr(model, "score_pairs") and bool(model.provides & {"scores", "classes"})
+    return model.measurable and (isinstance(model, Encoder) or scorer)
+
+
+def why_not(model: Model, judged: Judged, first: Model | None = None, metrics: Sequence[str] = ()) -> str:
+    """Why a model cannot be measured on a split, in words that begin with the model's class; "" if it can.
+
+    ``first`` finds the candidates that a model re-ranks which cannot search; None: BM25, which reads texts.
+    ``metrics`` are what is to be measured.
+    """
+    kind, known = type(model).__name__, ", ".join(sorted(model.provides))
+    several = tells_classes(judged, metrics)
+    by_classes = not isinstance(model, Encoder) and "scores" not in model.provides
+    if not can_be_measured(model) or (by_classes and not several):
+        return f"a {kind} provides only {known}, from which nothing can be ranked"
+    if several and not by_classes:
+        return f"a {kind} gives a score, and the labels are of more than two classes"
+    if can_search(model) or judged.task != "retrieval":
+        return ""
+    if columns := pair_columns(model):
+        return f"a {kind} reads features of a listed pair ({', '.join(columns)}), which a search cannot know"
+    texts = isinstance(judged.queries, TextTable) and judged.seen is None
+    if not texts and not (first is not None and can_search(first)):
+        return f"a {kind} cannot search, and nothing finds the candidates that it could re-rank"
+    return ""
 
 
 def measure(
-    model: Model, judged: Judged, settings: EvaluateSettings, dev: Judged | None, progress: bool = False
+    model: Model,
+    judged: Judged,
+    settings: EvaluateSettings,
+    dev: Judged | None,
+    progress: bool = False,
+    first: Model | None = None,
 ) -> Evaluation:
-    """Measure a model as the ``evaluate`` section of a recipe says; ``dev`` gives the thresholds."""
-    if not can_be_measured(model, judged, settings.metrics):
-        known = ", ".join(sorted(model.provides))
-        raise RecipeError(f"a {type(model).__name__} that provides only {known} cannot be measured.")
+    """Measure a model as the ``evaluate`` section of a recipe says.
+
+    Args:
+        dev: Gives the thresholds.
+        first: Finds, where these are no texts, the candidates that a model re-ranks which cannot search.
+    """
+    if problem := why_not(model, judged, first, settings.metrics):
+        raise RecipeError(f"{problem}; measure it on listed candidates.")
+    texts = isinstance(judged.queries, TextTable)
     return evaluate_model(
         cast(Encoder, model),  # or a PairScorer
         judged,
         settings.metrics,
         rerank=settings.rerank,
+        rerank_from=None if texts or not can_search(first) else first,
         threshold_from=dev,
         progress=progress,
     )

@@ -28,6 +28,9 @@ class Model(nn.Module, ABC):
     shares: ClassVar[frozenset[str]] = frozenset()  # attributes that `ref: node.attribute` may name
     of: tuple[str, ...] = ()  # names of the nodes this one is built from
     recorded: ClassVar[bool] = False  # only what it said elsewhere is known: it cannot be asked
+    by_data: tuple[str, ...] = ()  # names of data sets that it treats in ways of their own
+    labelled: bool = False  # reads the labels: it can teach only where there are some
+    measurable: bool = True  # False: what it says of a pair depends on the batch too (labels, the data set)
 
     @property
     @abstractmethod
@@ -75,8 +78,15 @@ class Model(nn.Module, ABC):
         """What a node built from others asks of them, to answer ``needs``."""
         return needs
 
+    def knows(self, batch: Batch) -> Tensor | None:
+        """Which listed pairs it gives a score to, by the batch alone: [B, N] bool; None: all of them.
+
+        Of the others its arrows say nothing.
+        """
+        return None
+
     def represent_of(self, heard: Mapping[str, Outputs], batch: Batch, needs: Needs) -> Outputs:
-        """``represent`` of a node built from others: ``heard`` is what each of ``self.of`` said."""
+        """``represent`` of a node built from others: ``heard`` is what each of ``self.of`` answered."""
         raise NotImplementedError(f"{type(self).__name__} cannot be built `of` another node.")
 
     @abstractmethod
@@ -91,8 +101,9 @@ class Model(nn.Module, ABC):
 class Encoder(Model):
     """A model whose candidates are encoded once, and searched in an index."""
 
-    search: ClassVar[str] = "dot"  # how its vectors are compared: "dot", "maxsim" of token vectors, or ...
-    # "own": by score_encoded alone, so that it puts candidates in order and no index searches by it
+    # How its vectors are compared: "dot"; "maxsim" of token vectors; "own": by its `score_encoded` alone, so
+    # that it puts candidates in order and no index searches by them.
+    search: ClassVar[str] = "dot"
 
     @property
     @abstractmethod
@@ -102,6 +113,10 @@ class Encoder(Model):
     @property
     def sizes(self) -> dict[str, int]:
         return {"queries": self.dim, "candidates": self.dim}
+
+    def scale(self) -> Tensor | float:
+        """What a dot product of its vectors is multiplied by to be a score as served; above 0."""
+        return 1.0
 
     def represents(self, needs: Needs) -> Needs:
         pairwise = needs.fields & {"scores", "in_batch"}
@@ -116,7 +131,3 @@ class Encoder(Model):
     @abstractmethod
     def encode_candidates(self, candidates: Sequence[Any], progress: bool = False) -> Any:
         """Vectors [n, D] float32 on the CPU, of n raw candidates; by "maxsim" a Ragged of n rows of them."""
-
-    def score_encoded(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        """Scores [n] of n pairs of encoded queries and candidates [n, D]."""
-        return (queries * candidates).sum(dim=-1)

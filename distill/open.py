@@ -8,13 +8,17 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.hub import check_checkpoint, local_folder
+from distill.hub.feature_models import saved_type
 from distill.hub.files import read_json
 from distill.hub.layouts import SETTINGS
+from distill.hub.multi_vector import is_multi_vector
 from distill.hub.own import opens
 from distill.model import Model
 
 # Named as text, as a recipe does: the framework imports neither package.
-ENCODER, CROSS_ENCODER = "students.BiEncoder", "teachers.CrossEncoder"
+ENCODER, CROSS_ENCODER, COLBERT = "students.BiEncoder", "teachers.CrossEncoder", "teachers.ColBERT"
+OVER_FEATURES = ("students.TwoTower", "teachers.PrivilegedRanker", "teachers.GradientBoosting")
+BUILT = {"Concatenation": "teachers.Concatenation", "Ensemble": "teachers.Ensemble"}  # from other models
 
 
 def open_model(spec: str | Path, runs: str | Path = "runs") -> Model:
@@ -26,7 +30,7 @@ def open_model(spec: str | Path, runs: str | Path = "runs") -> Model:
     """
     folder = model_folder(spec, runs)
     module, _, name = class_of(folder).rpartition(".")
-    return getattr(importlib.import_module(module), name)(folder)
+    return getattr(importlib.import_module(module), name).from_pretrained(folder)
 
 
 def model_folder(spec: str | Path, runs: str | Path = "runs") -> Path:
@@ -42,17 +46,27 @@ def model_folder(spec: str | Path, runs: str | Path = "runs") -> Path:
 def class_of(folder: Path) -> str:
     """Which class opens a model folder.
 
-    A folder of ours may say so. Else a classifier (an architecture ``...ForSequenceClassification``, or a
-    CrossEncoder of sentence-transformers) is a cross-encoder, all else an encoder.
+    A model over features, or built from other models, or that opens here only, says so itself. An encoder
+    of a vector per token (a MultiVectorEncoder of sentence-transformers, a ColBERT) is a ColBERT, a
+    classifier (an architecture ``...ForSequenceClassification``, or a CrossEncoder of sentence-transformers)
+    is a cross-encoder, all else an encoder.
     """
+    if (saved := saved_type(read_json(folder / "config.json", {}))) is not None:
+        if saved not in OVER_FEATURES:
+            raise UserError(f"{folder} holds a {saved}, and this version of Distill opens none.")
+        return saved
     check_checkpoint(folder)
     if (named := opens(folder)) is not None:
         return named
+    if is_multi_vector(folder):
+        return COLBERT
     if (folder / SETTINGS).is_file():
         return CROSS_ENCODER if read_json(folder / SETTINGS).get("model_type") == "CrossEncoder" else ENCODER
     if (folder / "modules.json").is_file():
         return ENCODER
     architectures = read_json(folder / "config.json").get("architectures") or []
+    if architectures and architectures[0] in BUILT:
+        return BUILT[architectures[0]]
     return CROSS_ENCODER if any("SequenceClassification" in name for name in architectures) else ENCODER
 
 

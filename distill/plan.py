@@ -12,13 +12,15 @@ from distill.data.dataset import DataSet
 from distill.data.judged import Judged, Table, TextTable, summary
 from distill.data.source import JudgedSource, Source
 from distill.errors import Mistakes, RecipeError
-from distill.evaluation import check_measurable, tells_classes
+from distill.evaluation import check_measurable
+from distill.evaluation.references import check_reference
 from distill.graph import DistillationGraph
-from distill.measure import can_be_measured
+from distill.measure import can_be_measured, why_not
 from distill.model import Encoder, Model
 from distill.nn.text_encoder import without_weights
 from distill.nn.tokenizer import TextColumn
 from distill.optimizer import rate_problems
+from distill.outputs import STORABLE, Needs
 from distill.pieces import piece_problems
 from distill.processes import world
 from distill.recipe import nearest
@@ -103,6 +105,8 @@ class Plan:
             for sampler in source.negatives:
                 told = sampler.costs(self.graph, source.judged, source.query_rows)
                 lines += [f"{where}{line}" for line in told]
+            if source.topics is not None:
+                lines.append(f"{where}{source.topics.costs(source.judged)}")
         return lines
 
     def _costs(self, name: str, source: JudgedSource, where: str, judged: int | None) -> Iterator[str]:
@@ -123,6 +127,7 @@ class Plan:
                     f"{what if apart else 'pairs'} a batch, each read twice, about a third more compute"
                 )
             return
+        apart = apart and node.represents(Needs("scores")).fields <= STORABLE  # else its scores are kept
         known = "" if judged is None else f"; {judged:,} of them are judged already"
         given = name in source.scored
         if apart and (not given or source.negatives):
@@ -148,7 +153,7 @@ def plan_of(recipe: Recipe, builder: Builder) -> Plan:
     builder.check(recipe)
     data: dict[str, DataSet] = {}
     labelled: dict[str, bool] = {}
-    graph = plan = judged = None
+    graph = plan = None
     mistakes = Mistakes()
     with mistakes:
         data = builder.data(recipe)
@@ -157,11 +162,11 @@ def plan_of(recipe: Recipe, builder: Builder) -> Plan:
             with mistakes:
                 labelled[name] = part.split("train").labels is not None
     with mistakes:
-        judged = check_measures(recipe, data)
+        check_measures(recipe, data)
     with mistakes, without_weights():
         graph = builder.graph(recipe)
         graph.check(labelled)
-        check_uses(recipe, graph, judged)
+        check_uses(recipe, graph, data)
     with mistakes, without_weights():
         if (losses := baseline_losses(recipe)) is not None:
             builder.graph(recipe, losses).check(labelled)
@@ -170,6 +175,7 @@ def plan_of(recipe: Recipe, builder: Builder) -> Plan:
             source = builder.source(recipe, data, heard_by(graph, data))
             check_samplers(source, graph)
             check_scores(graph, source)
+            check_lists(graph, source)
             check_batches(graph, source)
             plan = Plan(recipe, graph, data, source, steps_of(recipe.train, source.steps(0)))
     mistakes.report()
@@ -202,15 +208,15 @@ def heard_by(graph: DistillationGraph, data: Mapping[str, DataSet]) -> list[str]
     return [n for n in with_train if any(arrow.data is None or n in arrow.data for arrow in graph.arrows)]
 
 
-def check_measures(recipe: Recipe, data: Mapping[str, DataSet]) -> Judged | None:
-    """Refuse metrics, or splits to measure, that would fail after the training; returns what is measured."""
+def check_measures(recipe: Recipe, data: Mapping[str, DataSet]) -> None:
+    """Refuse metrics, or splits to measure, that would fail after the training."""
     metrics = recipe.evaluate.metrics
     if not data or (measured := split_to_measure(recipe, data)) is None:
         if recipe.search:
             raise RecipeError(
                 "search: the candidates of evaluate.split are searched; give evaluate.metrics too."
             )
-        return None
+        return
     part, select, mistakes = data[measured[0]], recipe.train.select, Mistakes()
     if select is not None and select not in metrics:
         mistakes.add(
@@ -221,6 +227,12 @@ def check_measures(recipe: Recipe, data: Mapping[str, DataSet]) -> Judged | None
     if "dev" in part.splits:
         with mistakes:
             dev = part.split("dev")
+    for reference in recipe.evaluate.references:
+        with mistakes:
+            try:
+                check_reference(reference, part.split(measured[1]))
+            except RecipeError as error:
+                raise RecipeError(f"evaluate.references: {error}") from error
     for name in (measured[1], "dev"):
         with mistakes:
             try:
@@ -229,24 +241,30 @@ def check_measures(recipe: Recipe, data: Mapping[str, DataSet]) -> Judged | None
             except RecipeError as error:
                 raise RecipeError(f"evaluate.metrics: {error}") from error
     mistakes.report()
-    return part.split(measured[1])
 
 
-def check_uses(recipe: Recipe, graph: DistillationGraph, judged: Judged | None) -> None:
+def check_uses(recipe: Recipe, graph: DistillationGraph, data: Mapping[str, DataSet]) -> None:
     """Refuse what a checked graph cannot be used for, and settings of nodes that it does not train."""
     kept, mistakes = graph.nodes[recipe.keep], Mistakes()
     for problem in piece_problems(graph, recipe.train.gradient_cache is not None, world() > 1):
         mistakes.add(problem)
-    if recipe.evaluate.metrics and not can_be_measured(kept, judged, recipe.evaluate.metrics):
-        several = judged is not None and tells_classes(judged, recipe.evaluate.metrics)
+    if recipe.evaluate.metrics and not can_be_measured(kept):
         mistakes.add(
             f"evaluate.metrics: models.{recipe.keep} provides only {', '.join(sorted(kept.provides))}, from "
-            f"which {'classes cannot be told' if several else 'nothing can be ranked'}; remove the metrics."
+            f"which nothing can be ranked; remove the metrics."
         )
+    elif data and (measured := split_to_measure(recipe, data)) is not None:
+        part = data[measured[0]]
+        for split in dict.fromkeys((measured[1], *(("dev",) if "dev" in part.splits else ()))):
+            if problem := why_not(kept, part.split(split), metrics=recipe.evaluate.metrics):
+                mistakes.add(
+                    f"evaluate.metrics: models.{recipe.keep} cannot be measured on '{split}': {problem}. "
+                    f"Measure it on listed candidates, or remove the metrics."
+                )
     if recipe.search and (not isinstance(kept, Encoder) or kept.search == "own"):
         mistakes.add(
             f"search: models.{recipe.keep} ({type(kept).__name__}) compares query and candidate by more than "
-            f"a product of vectors, so it has no index; remove `search`."
+            f"vectors, so it has no index; remove `search`."
         )
     for problem in rate_problems(recipe.train, graph):
         mistakes.add(problem)
@@ -261,6 +279,8 @@ def check_samplers(source: Source, graph: DistillationGraph) -> None:
         for i, sampler in enumerate(part.negatives):
             for problem in sampler.problems(graph, part.judged):
                 mistakes.add(f"{place}.negatives[{i}].{problem}")
+        for problem in part.topics.problems(graph, part.judged) if part.topics is not None else ():
+            mistakes.add(f"{place}.topics.{problem}")
     mistakes.report()
 
 
@@ -288,6 +308,23 @@ def check_scores(graph: DistillationGraph, source: Source) -> None:
                 mistakes.add(
                     f"models.{node}: samplers add negatives to the data set '{name}', and a recorded teacher "
                     f"cannot be asked about them. {cure}, or take `negatives` out of the data set."
+                )
+    mistakes.report()
+
+
+def check_lists(graph: DistillationGraph, source: Source) -> None:
+    """Refuse losses that tell positives from negatives where there will never be a negative."""
+    mistakes = Mistakes()
+    for name, part in judged_sources(source).items():
+        labels = part.judged.labels
+        if labels is None or not len(labels) or part.negatives or not bool((labels >= 1).all()):
+            continue
+        for arrow in graph.arrows:
+            if (arrow.data is None or name in arrow.data) and arrow.objective.contrasts:
+                mistakes.add(
+                    f"losses.{arrow.name}: {type(arrow.objective).__name__} tells listed positives from "
+                    f"listed negatives, but the data set '{name}' lists positives only and draws no "
+                    f"negatives. Give it `negatives`, or take a loss with `in_batch: true`."
                 )
     mistakes.report()
 

@@ -140,13 +140,19 @@ def in_shares(work: Callable[[Any], R], given: Any) -> R:
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Sum the gradients over all processes, in place; where a process has none it counts as zero.
 
-    A parameter without a gradient on any process keeps none: no optimiser moves it.
+    A parameter without a gradient on any process keeps none: no optimiser moves it. Of sparse gradients only
+    the rows that some process has are sent.
     """
     if world() == 1:
         return
-    there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=_device())
+    none, dense, sparse = range(3)
+    kinds = [none if p.grad is None else sparse if p.grad.is_sparse else dense for p in parameters]
+    there = torch.tensor(kinds, dtype=torch.int32, device=_device())
     _together(dist.all_reduce, there, dist.ReduceOp.MAX)
-    learnt = [p for p, some in zip(parameters, there.tolist(), strict=True) if some]
+    kinds = there.tolist()
+    for p in [p for p, kind in zip(parameters, kinds, strict=True) if kind == sparse]:
+        p.grad = _summed_rows(p)
+    learnt = [p for p, kind in zip(parameters, kinds, strict=True) if kind == dense]
     while learnt:
         size, bucket = 0, list[nn.Parameter]()
         while learnt and (not bucket or size + learnt[0].numel() <= BUCKET):
@@ -156,6 +162,16 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
         _together(dist.all_reduce, flat)
         for p, gradient in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             p.grad = gradient.view_as(p)
+
+
+def _summed_rows(parameter: nn.Parameter) -> Tensor:
+    """The sum of all processes' sparse gradients of a table [rows, D]."""
+    rows, values = torch.empty(0, dtype=torch.int64), parameter.new_empty(0, *parameter.shape[1:])
+    if parameter.grad is not None:
+        own = parameter.grad.coalesce()
+        rows, values = own.indices()[0], own.values()
+    rows, values = gather(rows.to(_device())), gather(values)
+    return torch.sparse_coo_tensor(rows[None], values, parameter.shape, check_invariants=False).coalesce()
 
 
 @torch.no_grad()

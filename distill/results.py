@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill.evaluation.metrics import higher_is_better
+from distill.evaluation.metrics import merit
 
 NOTHING = "—"
 HEADER = ("model", "size in MB", "queries/s")  # the metrics stand after the first
@@ -14,7 +14,7 @@ HEADER = ("model", "size in MB", "queries/s")  # the metrics stand after the fir
 
 @dataclass(frozen=True)
 class Results:
-    """The table of a run: a row per model, the teachers first, then the student with and without them."""
+    """The table of a run: references and teachers first, then the student with and without its teachers."""
 
     header: list[str]
     rows: list[list[str]]
@@ -37,7 +37,8 @@ def results(measured: Mapping[str, Any]) -> Results:
         names["baseline"] = f"{keep} without teachers"
     return Results(
         header=[HEADER[0], *metrics, *HEADER[1:]],
-        rows=[row(name, models[key], metrics) for key, name in names.items()],
+        rows=[row(name, entry, metrics) for name, entry in measured.get("references", {}).items()]
+        + [row(name, models[key], metrics) for key, name in names.items()],
         gap=_gap(models, keep, order[:-1], metrics[0]) if metrics else "",
         compared=_compared(measured.get("comparison"), keep),
     )
@@ -46,9 +47,21 @@ def results(measured: Mapping[str, Any]) -> Results:
 def row(name: str, entry: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     """A model's row: its name, metrics, size and speed."""
     values = entry.get("metrics", {})
-    numbers = [NOTHING if values.get(m) is None else f"{values[m]:.4f}" for m in metrics]
-    speed = entry.get("queries_per_second")
-    return [name, *numbers, f"{entry['size_mb']:.1f}", NOTHING if speed is None else f"{speed:,.0f}"]
+    numbers = [_number(values.get(metric)) for metric in metrics]
+    size, speed = entry.get("size_mb"), entry.get("queries_per_second")
+    return [
+        name,
+        *numbers,
+        NOTHING if size is None else f"{size:.1f}",
+        NOTHING if speed is None else f"{speed:,.0f}",
+    ]
+
+
+def _number(value: float | None) -> str:
+    """A share with four digits, a count (the popularity of what is shown) with one."""
+    if value is None:
+        return NOTHING
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
 
 
 def _compared(comparison: Mapping[str, Any] | None, keep: str) -> str:
@@ -59,7 +72,7 @@ def _compared(comparison: Mapping[str, Any] | None, keep: str) -> str:
     return (
         f"{keep} with teachers - without: {c['difference']:+.4f} {c['metric']} "
         f"({c['confidence']:.0%} interval {c['low']:+.4f} to {c['high']:+.4f}, p = {c['p_value']:.2g}, "
-        f"{c['queries']:,} queries)"
+        f"{c['queries']:,} {c.get('of', 'queries')})"
     )
 
 
@@ -70,9 +83,10 @@ def _gap(models: Mapping[str, Any], keep: str, teachers: Sequence[str], metric: 
     alone, student = values.get("baseline"), values[keep]
     if not known or alone is None or student is None:
         return ""
-    sign = 1 if higher_is_better(metric) else -1
-    best = max(known, key=lambda name: sign * known[name])
-    if sign * (known[best] - alone) <= 0:
+    merits = {name: merit(metric, value) for name, value in known.items()}
+    best = max(merits, key=lambda name: merits[name])
+    start = merit(metric, alone)
+    if not merits[best] > start:
         return f"gap closed: not defined, {best} is no better in {metric} than the {keep} alone"
-    share = (student - alone) / (known[best] - alone)
+    share = (merit(metric, student) - start) / (merits[best] - start)
     return f"gap closed: {share:.0%} of the way in {metric} from {keep} without teachers to {best}"

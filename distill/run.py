@@ -25,14 +25,14 @@ from ruamel.yaml import YAML
 from distill.build import Builder
 from distill.data.judged import Judged
 from distill.errors import DataError, RecipeError, RunError
-from distill.evaluation import Evaluation
+from distill.evaluation import Evaluation, evaluate_reference
 from distill.evaluation.significance import CONFIDENCE, compare
 from distill.graph import DistillationGraph
-from distill.hub.card import Kind
+from distill.hub.card import Kind, model_card
 from distill.hub.files import atomic_write_text
 from distill.hub.own import opens
 from distill.lock import LOCK, only_run_in
-from distill.measure import can_be_measured, entry_of, measure
+from distill.measure import entry_of, measure, why_not
 from distill.model import Encoder, Model
 from distill.paths import replacing, store_folder
 from distill.plan import (
@@ -162,8 +162,11 @@ class Runs:
             )  # fmt: skip
         return folder / recipe.keep
 
-    def _configuration_of(self, name: str) -> str | Path:
-        """A checkpoint of the same architecture as the model that another recipe leaves, or will leave."""
+    def _configuration_of(self, name: str) -> str | Path | None:
+        """A checkpoint of the same architecture as the model that another recipe leaves, or will leave.
+
+        None: it will be there, but is made from no checkpoint.
+        """
         runs, recipe = self._asked(name), load_recipe(name)
         folder = self.folder / recipe.name / recipe.keep
         if (folder / "config.json").exists() or (folder / "modules.json").exists():
@@ -179,7 +182,7 @@ class Runs:
             raise RecipeError(f"{path} need each other's models (`run:`), so none can be trained first.")
         return replace(self, asked_by=(*self.asked_by, name))
 
-    def _builder(self, run_folder: Callable[[str], str | Path] | None) -> Builder:
+    def _builder(self, run_folder: Callable[[str], str | Path | None] | None) -> Builder:
         return Builder(self.trusted, run_folder)
 
     def _changed(self, recipe: Recipe, folder: Path) -> list[str]:
@@ -206,15 +209,17 @@ class _Run:
             graph.nodes[recipe.keep].save_pretrained(self.folder / recipe.keep)
             for name in sorted(graph.trained - {recipe.keep}):
                 graph.nodes[name].save_pretrained(self.folder / "teachers" / name)
-        evaluations = {recipe.keep: self._evaluate(recipe.keep, graph.nodes[recipe.keep])}
-        if recipe.evaluate.teachers:
-            judged = self._judged() if self.measured else None
-            teachers = [
-                name
-                for name, node in graph.nodes.items()
-                if name != recipe.keep and can_be_measured(node, judged, recipe.evaluate.metrics)
-            ]
-            evaluations |= {name: self._evaluate(name, graph.nodes[name]) for name in teachers}
+        student = graph.nodes[recipe.keep]
+        evaluations = {recipe.keep: self._evaluate(recipe.keep, student)}
+        for name in graph.nodes if recipe.evaluate.teachers and self.measured is not None else ():
+            if problem := why_not(graph.nodes[name], self._judged(), student, recipe.evaluate.metrics):
+                log.info("%s is not measured: %s", name, problem)
+            elif name != recipe.keep:
+                evaluations[name] = self._evaluate(name, graph.nodes[name], student)
+        references: dict[str, Evaluation] = {
+            name: evaluate_reference(name, self._judged(), recipe.evaluate.metrics)
+            for name in (recipe.evaluate.references if self.measured is not None else ())
+        }
         models: dict[str, Model] = dict(graph.nodes)
         if (losses := baseline_losses(recipe)) is not None:
             log.info(
@@ -231,7 +236,7 @@ class _Run:
         if recipe.search:
             self._index(graph.nodes[recipe.keep])
         if is_first():
-            self._write(models, evaluations, progress)
+            self._write(models, evaluations, references, progress)
         wait()
 
     def _train(
@@ -263,13 +268,13 @@ class _Run:
         data = self.data[self.measured[0]] if self.measured else None
         return data.split("dev") if data is not None and "dev" in data.splits else None
 
-    def _evaluate(self, name: str, model: Model) -> Evaluation | None:
+    def _evaluate(self, name: str, model: Model, first: Model | None = None) -> Evaluation | None:
         if self.measured is None:
             return None
         log.info("measuring %s on %s", name, self.measured[1])
         settings, bar = self.recipe.evaluate, sys.stderr.isatty()
         try:
-            return measure(model, self._judged(), settings, self._dev(), progress=bar)
+            return measure(model, self._judged(), settings, self._dev(), bar, first)
         except DataError as error:  # the data was checked before, so it is the model
             raise RunError(f"{name} cannot be measured: {error} Lower train.learning_rate.") from error
 
@@ -292,7 +297,11 @@ class _Run:
             index.save(self.folder / "index")
 
     def _write(
-        self, models: Mapping[str, Model], evaluations: Mapping[str, Evaluation | None], progress: Progress
+        self,
+        models: Mapping[str, Model],
+        evaluations: Mapping[str, Evaluation | None],
+        references: Mapping[str, Evaluation],
+        progress: Progress,
     ) -> None:
         recipe = self.recipe
         measures: dict[str, Any] = {}
@@ -302,6 +311,7 @@ class _Run:
             measures[name] = entry_of(models[name], evaluation, judged)
             if evaluation is not None:
                 frames.append(evaluation.per_query.assign(model=name))
+        frames += [evaluation.per_query.assign(model=name) for name, evaluation in references.items()]
         if frames:
             with replacing(self.folder / "per_query.parquet") as partial:
                 pd.concat(frames, ignore_index=True).to_parquet(partial, index=False)
@@ -313,6 +323,7 @@ class _Run:
             "best_step": progress.best_step,
             "dev": progress.dev,
             "models": measures,
+            "references": {name: evaluation.to_json() for name, evaluation in references.items()},
             "comparison": self._comparison(evaluations),
         }
         card = self._card(measures, models[recipe.keep])
@@ -323,25 +334,25 @@ class _Run:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def _comparison(self, evaluations: Mapping[str, Evaluation | None]) -> dict[str, Any] | None:
-        """The student with and without teachers on the same queries, in the first metric."""
+        """The student with and without teachers on the same queries, or users, in the first metric that has
+        a value for each: a correlation over all pairs, or their AUC, has none."""
         keep, alone = evaluations[self.recipe.keep], evaluations.get("baseline")
-        metric = next(iter(self.recipe.evaluate.metrics), "")
-        if keep is None or alone is None or metric not in keep.per_query or len(keep.per_query) < 2:
-            return None  # a correlation over all pairs has no value per query
+        if keep is None or alone is None:
+            return None
+        known = keep.per_query.notna().sum()
+        metric = next((m for m in self.recipe.evaluate.metrics if known.get(m, 0) >= 2), None)
+        if metric is None:
+            return None
         found = compare(alone.per_query, keep.per_query, metric)
-        return {"metric": metric, "confidence": CONFIDENCE, **found._asdict()}
+        of = "users" if "weight" in keep.per_query else "queries"
+        return {"metric": metric, "confidence": CONFIDENCE, "of": of, **found._asdict()}
 
     def _card(self, measures: Mapping[str, Mapping[str, Any]], model: Model) -> str:
-        from distill.hub import model_card
-
         recipe = self.recipe
         base = recipe.models[recipe.keep].get("checkpoint")
-        kind: Kind = "encoder" if isinstance(model, Encoder) else "cross_encoder"
-        if opens(self.folder / recipe.keep) is not None:
-            kind = "own"
         return model_card(
             recipe.name,
-            kind,
+            "own" if opens(self.folder / recipe.keep) is not None else _kind_of(model),
             recipe.model_dump(mode="json"),
             recipe.keep,
             {name: entry["metrics"] for name, entry in measures.items() if "metrics" in entry},
@@ -349,6 +360,17 @@ class _Run:
             dataset=" ".join(self.measured) if self.measured else "",
             base_model=base if isinstance(base, str) else None,
         )
+
+
+def _kind_of(model: Model) -> Kind:
+    """What a model card calls it."""
+    if hasattr(model, "parts"):
+        return "combined"
+    if hasattr(model, "features"):
+        return "recommender"
+    if not isinstance(model, Encoder):
+        return "cross_encoder"
+    return "multi_vector" if model.search == "maxsim" else "encoder"
 
 
 def _empty(folder: Path) -> None:

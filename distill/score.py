@@ -49,7 +49,9 @@ class Scoring:
 
         start()
         self.recipe, self.store = recipe, store_folder()
-        data = builder.data(recipe) if data is None else data
+        if data is None:
+            data = builder.data(recipe)
+        builder.known = dict(data)
         self.graph = builder.graph(recipe)
         self.source = builder.source(recipe, data, heard_by(self.graph, data))
         device = PartialState().device

@@ -21,7 +21,9 @@ class TrainSettings(_Strict):
     With ``gradient_cache`` (GradCache) trained models see so many texts or pairs at a time, each twice: large
     batches fit into memory, with the same gradient, for about a third more compute. The learning rate
     rises over the first ``warmup`` of the steps and then follows ``schedule``. The dev split is measured
-    every ``evaluate_every`` epochs, and the model with the best ``select`` there is kept.
+    every ``evaluate_every`` epochs, and the model with the best ``select`` there is kept. Embedding tables
+    have an optimiser of their own (``distill.optimizer.RowAdagrad``): warm-up and schedule hold for them,
+    ``learning_rate``, ``weight_decay`` and ``clip`` do not.
     """
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -32,6 +34,7 @@ class TrainSettings(_Strict):
     gradient_cache: Annotated[int, Field(gt=0)] | None = None  # texts or pairs at a time; null: all at once
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-5
     learning_rates: dict[str, Annotated[float, Field(gt=0)]] = {}  # of single nodes, by name
+    table_learning_rate: Annotated[float, Field(gt=0)] = 0.05  # of embedding tables, which Adagrad moves
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -56,6 +59,7 @@ class EvaluateSettings(_Strict):
     metrics: list[str] = []
     teachers: bool = True  # measure them too
     rerank: Annotated[int, Field(gt=0)] = 100  # a model that cannot be indexed re-ranks so many of BM25's
+    references: list[Literal["popularity", "random"]] = []  # measured beside the models
 
 
 class BaselineTrain(_Strict):
@@ -84,7 +88,8 @@ class Recipe(_Strict):
     baseline: bool | dict[str, dict[str, Any]] = False
     baseline_train: BaselineTrain = BaselineTrain()
     keep: str = "student"
-    search: list[str] = []  # sample queries answered from an index of the test candidates at the end
+    # sample queries, or users as mappings, answered from an index of the test candidates at the end
+    search: list[str | dict[str, Any]] = []
 
     @field_validator("name")
     @classmethod

@@ -23,10 +23,10 @@ from distill.checkpoint import (
 )
 from distill.data.source import Source
 from distill.errors import DataError, RecipeError, RunError
-from distill.evaluation import higher_is_better
+from distill.evaluation import merit
 from distill.graph import DistillationGraph
 from distill.nn.precision import resolve_precision
-from distill.optimizer import adamw, rate_at, rate_problems
+from distill.optimizer import optimizers, rate_at, rate_problems, table_names
 from distill.paths import replacing
 from distill.pieces import piece_problems
 from distill.processes import (
@@ -93,7 +93,10 @@ class Trainer:
             raise RecipeError("\n".join(problems))
         self.parameters = graph.trainable()
         take_from_first(list(self.parameters.values()))
-        self.optimizer = self.accelerator.prepare(adamw(self.parameters, settings))
+        tables = table_names(graph)
+        self._clipped = [p for name, p in self.parameters.items() if name not in tables]
+        self.optimizers = [self.accelerator.prepare(one) for one in optimizers(graph, settings)]
+        self.optimizer = self.optimizers[0]
         self._steps_given = steps is not None or settings.steps is not None
         self.progress = Progress(steps=steps or self._steps())
         self._history = History(self.folder / "history.jsonl")
@@ -204,27 +207,35 @@ class Trainer:
 
     def _descend(self, done: float, weights: Mapping[str, float], batches: Sequence[Batch]) -> float:
         limit = self.settings.clip if self.settings.clip is not None else math.inf
-        norm = float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))
+        norm = float(self.accelerator.clip_grad_norm_(self._clipped, limit))
         if not math.isfinite(norm) and self.accelerator.scaler is None:  # a scaler skips the step by itself
             culprit = self._culprit(weights, batches, done)
             raise RunError(self._diverged(f"the gradient of {culprit} is not finite", self.progress.step + 1))
         rate = self._rate(self.progress.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * rate
+            optimizer.step()
+        self._zero_grad()
         return norm
+
+    def _zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
     def _culprit(self, weights: Mapping[str, float], batches: Sequence[Batch], done: float) -> str:
         """Which arrow's own gradient is not finite: asked one by one, after the fact."""
         for name in weights:
             for batch in batches:
-                self.optimizer.zero_grad()
+                self._zero_grad()
                 losses = self.graph(batch, done)
                 if name in losses and losses[name].loss.requires_grad:
                     losses[name].loss.sum().backward()
                 (bad,) = any_of(
-                    any(p.grad is not None and not p.grad.isfinite().all() for p in self.parameters.values())
+                    any(
+                        p.grad is not None and not _given(p.grad).isfinite().all()
+                        for p in self.parameters.values()
+                    )
                 )
                 if bad:
                     return f"losses.{name}"
@@ -253,7 +264,7 @@ class Trainer:
             raise RunError(self._diverged(f"the student cannot be measured: {error}", p.step)) from error
         self._record({f"dev/{name}": value for name, value in metrics.items()})
         name = self.select or next(iter(metrics))
-        value = metrics[name] if higher_is_better(name) else -metrics[name]
+        value = merit(name, metrics[name])
         value = -math.inf if math.isnan(value) else value  # a correlation that is not defined
         if p.best is None or value > p.best:
             p.best, p.best_step, p.without_better, p.dev = value, p.step, 0, metrics
@@ -285,12 +296,12 @@ class Trainer:
         state = {"progress": vars(self.progress), "precision": self.precision, "processes": world()}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        save_checkpoint(folder, self.parameters, self.optimizer.optimizer, state)
+        save_checkpoint(folder, self.parameters, [one.optimizer for one in self.optimizers], state)
         if is_first():
             keep_newest(self._checkpoints, folder)
 
     def _resume(self, checkpoint: Path) -> None:
-        state = load_checkpoint(checkpoint, self.parameters, self.optimizer.optimizer)
+        state = load_checkpoint(checkpoint, self.parameters, [one.optimizer for one in self.optimizers])
         self.progress = Progress(**state["progress"])
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -345,7 +356,7 @@ class Trainer:
             losses = [loss.loss.sum() for loss in self.graph(batch, 0.5).values()]
             if learnt := [loss for loss in losses if loss.requires_grad]:
                 torch.stack(learnt).sum().backward()
-            self.optimizer.zero_grad()
+            self._zero_grad()
             times.append((time.monotonic() - start) * self.settings.accumulate)
         torch.set_rng_state(state)
         each = from_first(sorted(times)[len(times) // 2] * 1.15)  # the optimiser's own share
@@ -393,6 +404,11 @@ def _accelerator(settings: TrainSettings, folder: Path):
         )
     except ValueError as error:
         raise RecipeError(f"train: {error}") from error
+
+
+def _given(gradient: Tensor) -> Tensor:
+    """The values of a gradient, sparse or not."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _ids_in(batch: Batch) -> int:

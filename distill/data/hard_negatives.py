@@ -141,7 +141,7 @@ class HardNegatives(Negatives):
         path = folder / f"epoch-{due:04}.arrow"
         if path == self._path:
             return {}
-        key, state = self._key(queries), content_hash([fingerprint(graph.nodes[name]) for name in self.nodes])
+        key, state = self._key(queries), self._state(graph)
         if self._learns(graph) and (begun or epoch > due):
             mined = self._kept(path, key)
         elif (found := _load(path, key, state)) is not None:
@@ -183,6 +183,8 @@ class HardNegatives(Negatives):
                     f"by: '{name}' ({type(node).__name__}) gives no single vector per text, so it cannot be "
                     f"searched; name an encoder, and '{name}' in `checked_by`."
                 )
+            elif not node.measurable:
+                yield f"{key}: '{name}' ({type(node).__name__}) needs more than a pair of texts to score it."
             elif not (_can_search(node) or ("scores" in node.provides and hasattr(node, "score_pairs"))):
                 yield f"{key}: '{name}' ({type(node).__name__}) gives no score to a pair of texts."
         known = all(name in graph.nodes for name in self.nodes)
@@ -198,7 +200,7 @@ class HardNegatives(Negatives):
     def costs(self, graph: DistillationGraph, judged: Judged, queries: Tensor) -> Iterator[str]:
         asked = judged.queries.same[queries].unique()
         texts = len(judged.candidates.same.unique())
-        pairs = len(asked) * min(self.top, texts) + int(judged.positives.lengths[asked].sum())
+        pairs = len(asked) * min(self.top, texts) + int(judged.taken.lengths[judged.who[asked]].sum())
         when = (
             "once" if self.every is None else f"every {self.every} epochs" if self.every > 1 else "each epoch"
         )
@@ -210,11 +212,12 @@ class HardNegatives(Negatives):
 
     def _learns(self, graph: DistillationGraph) -> bool:
         """Whether any node that is asked, or one it is built from, is trained."""
+        return any(({name} | graph.below(name)) & graph.trained for name in self.nodes)
 
-        def learns(name: str) -> bool:
-            return name in graph.trained or any(learns(below) for below in graph.nodes[name].of)
-
-        return any(learns(name) for name in self.nodes)
+    def _state(self, graph: DistillationGraph) -> str:
+        """A hash of the weights of all nodes that are asked, and of those that they are built from."""
+        below = {name for node in self.nodes for name in graph.below(node)} - set(self.nodes)
+        return content_hash([fingerprint(graph.nodes[name]) for name in (*self.nodes, *sorted(below))])
 
     def _key(self, queries: Tensor) -> str:
         """A hash of settings, texts and queries: all but the models' weights."""
@@ -288,7 +291,7 @@ class HardNegatives(Negatives):
         return Pairs(node, self.judged)
 
     def _block(self, queries: Tensor, search: Search, judge: Neighbours | Pairs | None) -> Mined:
-        positives = self.judged.positives.select(queries)
+        positives = self.judged.positives_of(queries)
         never = int(positives.lengths.max()) + 1  # positives, and the query's own text
         rows, scores = search.nearest(queries, self.skip + self.top + never)
         assert self._own is not None

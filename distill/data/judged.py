@@ -15,6 +15,8 @@ from torch import Tensor
 
 from distill.batch import Ragged
 
+MARKS = 2**25  # bytes of a table that says which pairs are known
+
 Task = Literal["retrieval", "rerank", "pairs", "texts"]
 
 
@@ -87,11 +89,17 @@ class Judged:
     pair: Mapping[str, Tensor] = field(default_factory=dict)  # feature of a listed pair -> [T]
     seen: Ragged | None = None  # rows of candidates per query that a search leaves out
     groups: Tensor | None = None  # [queries] int64, which user each belongs to; None: each its own
+    popularity: Tensor | None = None  # [candidates] how often each was chosen in training, for metrics
+
+    @property
+    def who(self) -> Tensor:
+        """Who asks: queries of one group, or without groups of equal content, share their positives."""
+        return self.queries.same if self.groups is None else self.groups
 
     @cached_property
     def _known(self) -> Tensor:
-        """Sorted keys of (query text, candidate text) that are positive; listed, where no labels are."""
-        queries = self.queries.same.repeat_interleave(self.listed.lengths)
+        """Sorted keys of (who, candidate text) that are positive; listed, where no labels are."""
+        queries = self.who.repeat_interleave(self.listed.lengths)
         candidates = self.candidates.same[self.listed.values] if len(queries) else queries
         if self.labels is not None:
             relevant = self.labels > 0
@@ -99,20 +107,39 @@ class Judged:
         return (queries * len(self.candidates) + candidates).unique()
 
     @cached_property
-    def positives(self) -> Ragged:
-        """Per query the candidates known to be relevant to its text: the first row of each text, in order.
+    def taken(self) -> Ragged:
+        """The candidates known to be relevant, by ``who``: the first row of each text, in order.
 
         Without labels all listed candidates count: none of them may pass for a negative.
         """
         n = max(len(self.candidates), 1)
-        counts = torch.bincount(self._known // n, minlength=len(self.queries))
-        return Ragged.of_lengths(self._known % n, counts).select(self.queries.same)
+        askers = int(self.who.max()) + 1 if len(self.queries) else 0
+        return Ragged.of_lengths(self._known % n, torch.bincount(self._known // n, minlength=askers))
+
+    def positives_of(self, queries: Tensor) -> Ragged:
+        """The candidates known to be relevant to who asks: one row for each of the queries [n]."""
+        return self.taken.select(self.who[queries])
+
+    @cached_property
+    def positives(self) -> Ragged:
+        """``positives_of`` every query."""
+        return self.positives_of(torch.arange(len(self.queries)))
+
+    @cached_property
+    def _marks(self) -> Tensor | None:
+        """Whether each key is known, where a table of all keys is small: a look-up beats a search."""
+        size = len(self.taken) * len(self.candidates)
+        if size > MARKS:
+            return None
+        return torch.zeros(size, dtype=torch.bool).index_fill_(0, self._known, True)
 
     def is_positive(self, queries: Tensor, candidates: Tensor) -> Tensor:
         """Whether the candidates at rows (first rows of their texts) are known positives of the queries."""
         if not len(self._known):
             return torch.zeros(candidates.shape, dtype=torch.bool)
-        keys = self.queries.same[queries] * len(self.candidates) + candidates
+        keys = self.who[queries] * len(self.candidates) + candidates
+        if self._marks is not None:
+            return self._marks[keys.clamp(min=0)] & (candidates >= 0)
         place = torch.searchsorted(self._known, keys).clamp(max=len(self._known) - 1)
         return (self._known[place] == keys) & (candidates >= 0)
 
@@ -120,15 +147,17 @@ class Judged:
 def summary(judged: Judged) -> dict[str, int | float]:
     """The sizes of a split, for the ``check`` command and for a reader's eye."""
 
-    def mean_words(table: Table) -> float:
-        words = sum(len(text.split()) for text in table.texts) if isinstance(table, TextTable) else 0
+    def mean_words(table: TextTable) -> float:
+        words = sum(len(text.split()) for text in table.texts)
         return round(words / len(table), 1) if len(table) else 0.0
 
-    return {
+    sizes: dict[str, int | float] = {
         "queries": len(judged.queries),
         "candidates": len(judged.candidates),
         "listed": len(judged.listed.values),
         "positives": 0 if judged.labels is None else int((judged.labels > 0).sum()),
-        "words per query": mean_words(judged.queries),
-        "words per candidate": mean_words(judged.candidates),
     }
+    if isinstance(judged.queries, TextTable) and isinstance(judged.candidates, TextTable):
+        sizes["words per query"] = mean_words(judged.queries)
+        sizes["words per candidate"] = mean_words(judged.candidates)
+    return sizes

@@ -30,6 +30,12 @@ class Lists:
             candidates = judged.candidates.same[judged.listed.values].numpy()
         labels = np.zeros(len(queries)) if judged.labels is None else judged.labels.numpy()
 
+        if not (judged.listed.lengths > 1).any():  # as for interactions: nothing to put in order
+            self.rows = Ragged(torch.from_numpy(candidates), judged.listed.offsets)
+            self.entries = torch.from_numpy(entries)
+            self.positives = torch.from_numpy(np.bincount(queries[labels > 0], minlength=n))
+            self.longest = min(1, len(entries))
+            return
         order = np.lexsort((entries, -labels, candidates, queries))
         first = np.ones(len(order), dtype=bool)
         first[1:] = (np.diff(queries[order]) != 0) | (np.diff(candidates[order]) != 0)

@@ -190,7 +190,7 @@ class Mined:
 def judged_hash(judged: Judged) -> str:
     """A hash of all content, and of which are positives."""
     positives = xxhash.xxh3_128()
-    for tensor in (judged.positives.values, judged.positives.offsets):
+    for tensor in (judged.taken.values, judged.taken.offsets, judged.who):
         positives.update(tensor.numpy().tobytes())
     rows = (
         xxhash.xxh3_128_hexdigest(table.keys().tobytes()) for table in (judged.queries, judged.candidates)

@@ -23,6 +23,7 @@ class Negatives(ABC):
     """
 
     names_nodes: ClassVar[tuple[str, ...]] = ()  # its arguments that name nodes of the graph
+    background: ClassVar[bool] = False  # draws [1, count] for the whole batch, which no query lists
 
     def __init__(self, count: int):
         if count < 1:
@@ -43,6 +44,10 @@ class Negatives(ABC):
     def draw(self, query_rows: Tensor, generator: torch.Generator) -> Tensor:
         """Rows of candidates [B, count] for the queries at ``query_rows`` [B]; -1 where there is none."""
 
+    def shares(self, candidates: Tensor) -> Tensor | None:
+        """The probability that one draw gives each of the candidates at rows [P]; None: it cannot say."""
+        return None
+
     def problems(self, graph: DistillationGraph, judged: Judged) -> Iterator[str]:
         """Why it cannot work with this graph and these data; each begins with the argument's name."""
         return iter(())
@@ -61,3 +66,6 @@ class RandomNegatives(Negatives):
     def draw(self, query_rows: Tensor, generator: torch.Generator) -> Tensor:
         shape = (len(query_rows), self.count)
         return self.rows[torch.randint(len(self.rows), shape, generator=generator)]
+
+    def shares(self, candidates: Tensor) -> Tensor:
+        return torch.full((len(candidates),), 1.0 / len(self.rows), dtype=torch.float64)

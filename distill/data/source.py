@@ -17,6 +17,7 @@ from distill.data.judged import Judged, Table, TextTable
 from distill.data.lists import Lists
 from distill.data.negatives import Negatives
 from distill.data.tokens import tokenized
+from distill.data.topics import Topics
 from distill.errors import UserError
 from distill.outputs import Outputs
 
@@ -115,7 +116,8 @@ class JudgedSource(Source):
         self.with_positive = with_positive
         if with_positive and not (self.lists.positives > 0).any():
             raise ValueError(f"{judged.name}: with_positive leaves nothing, no query has a positive.")
-        self.width = min(candidates, self.lists.longest + sum(sampler.count for sampler in self.negatives))
+        self.width = min(candidates, self.lists.longest + sum(sampler.count for sampler in self.listing))
+        self.topics: Topics | None = None  # whoever sets them has batches of one topic
         self._ready = False
         self._order: tuple[int, Tensor] | None = None
 
@@ -151,6 +153,11 @@ class JudgedSource(Source):
     ) -> dict[str, float]:
         if not self._ready:
             self.prepare()
+        if self.topics is not None:
+            try:
+                self.topics.refresh(graph, self.judged, folder, self.seed)
+            except UserError as error:
+                raise type(error)(f"{self.name}.{error}") from error
         figures: dict[str, float] = {}
         for i, sampler in enumerate(self.negatives):
             where = f"negatives[{i}]"
@@ -176,7 +183,7 @@ class JudgedSource(Source):
             self.prepare()
         rows = self._shuffled(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
         if len(self.queries):
-            return self._of_queries(rows, epoch, generator_of(self.seed, 1, epoch, step))
+            return self._of_queries(rows, epoch, step)
         none = torch.empty(0, dtype=torch.int64)
         return self._filled(none, rows.sort().values, none.view(0, 0), none.view(0, 0).bool())
 
@@ -187,29 +194,28 @@ class JudgedSource(Source):
 
     def _shuffled(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
-            rows = self._rows
-            order = torch.randperm(len(rows), generator=generator_of(self.seed, 0, epoch))
-            self._order = (epoch, rows[order])
+            rows, generator = self._rows, generator_of(self.seed, 0, epoch)
+            if self.topics is not None:
+                order = self.topics.ordered(rows, self.batch_size, generator)
+            else:
+                order = rows[torch.randperm(len(rows), generator=generator)]
+            self._order = (epoch, order)
         return self._order[1]
 
-    def _of_queries(self, rows: Tensor, epoch: int, generator: torch.Generator) -> Batch:
+    def _of_queries(self, rows: Tensor, epoch: int, step: int) -> Batch:
+        """The batch of the queries at ``rows`` [B]."""
+        generator = generator_of(self.seed, 1, epoch, step)
         entries, valid = self.lists.draw(rows, self.width, epoch, generator)  # [B, M], of the judgements
         listed = self.lists.rows.values
         found = listed[entries] if len(listed) else entries  # [B, M] rows of candidates
-        if self.negatives:
-            same = self.candidates.same
-            drawn = torch.cat([sampler.draw(rows, generator) for sampler in self.negatives], dim=1)
-            real = drawn >= 0
-            drawn = torch.where(real, same[drawn.clamp(min=0)], 0)
-            real &= ~self.judged.is_positive(rows[:, None].expand_as(drawn), drawn)
+        if self.listing:
+            drawn, real = self._drawn(rows, generator)
             entries = torch.cat([entries, torch.full_like(drawn, -1)], dim=1)
             found, valid = torch.cat([found, drawn], dim=1), torch.cat([valid, real], dim=1)
             valid &= ~_repeated(found, valid)
         packed = (~valid).int().argsort(dim=1, stable=True)[:, : self.width]  # what is real comes first
         entries, found, mask = (values.gather(1, packed) for values in (entries, found, valid))
-        distinct, place, draws = found[mask].unique(return_inverse=True, return_counts=True)
-        index = torch.zeros_like(found)
-        index[mask] = place
+        distinct, index, draws = self._pool(found, mask, generator)
         known = mask & (entries >= 0)
         sampled = not torch.equal(known, mask)  # what a sampler brought has no label and no given score
         entries = self.lists.entries[entries.clamp(min=0)] if len(listed) else entries
@@ -225,12 +231,35 @@ class JudgedSource(Source):
             mask,
             labels=None if labels is None else told(labels),
             draws=draws,
-            known_positives=self.judged.positives.select(rows) if self.width else None,
+            known_positives=self.judged.positives_of(rows) if self.width else None,
             stored={
                 teacher: Outputs(scores=told(scores[teacher]), known=known if sampled else None)
                 for teacher in self.scored
             },
         )
+
+    @property
+    def listing(self) -> list[Negatives]:
+        """The samplers whose candidates are listed; the others' are the whole batch's."""
+        return [sampler for sampler in self.negatives if not sampler.background]
+
+    def _drawn(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """What the samplers draw for each query [B, M], the first row of each text; what may be listed."""
+        drawn = torch.cat([sampler.draw(rows, generator) for sampler in self.listing], dim=1)
+        real = drawn >= 0
+        drawn = torch.where(real, self.candidates.same[drawn.clamp(min=0)], 0)
+        real &= ~self.judged.is_positive(rows[:, None].expand_as(drawn), drawn)
+        return drawn, real
+
+    def _pool(self, found: Tensor, mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """The distinct candidates [P] of what is listed [B, N] or drawn for the batch, index and draws."""
+        nobody = torch.empty(0, dtype=torch.int64)
+        loose = [s.draw(nobody, generator).flatten() for s in self.negatives if s.background]
+        pool = torch.cat([found[mask], *loose])
+        distinct, place, draws = _distinct(pool, len(self.candidates))
+        index = torch.zeros_like(found)
+        index[mask] = place[: len(place) - sum(map(len, loose))]
+        return distinct, index, draws
 
     @property
     def query_rows(self) -> Tensor:
@@ -306,6 +335,17 @@ class _Tokens:
     def of(cls, table: TextTable, column: TextColumn) -> _Tokens:
         distinct, place = table.same.unique(return_inverse=True)
         return cls(tokenized([table.texts[row] for row in distinct.tolist()], column), place)
+
+
+def _distinct(rows: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``rows.unique`` [m] of rows below n, with where each row is in it and how often each comes."""
+    if n > 16 * len(rows):
+        return rows.unique(return_inverse=True, return_counts=True)
+    counts = torch.bincount(rows, minlength=n)  # linear where there are few possible rows
+    distinct = counts.nonzero()[:, 0]
+    place = torch.empty(n, dtype=torch.int64)
+    place[distinct] = torch.arange(len(distinct))
+    return distinct, place[rows], counts[distinct]
 
 
 def _repeated(rows: Tensor, valid: Tensor) -> Tensor:

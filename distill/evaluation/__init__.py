@@ -4,21 +4,24 @@ from distill.evaluation.cost import queries_per_second, size_in_mb
 from distill.evaluation.evaluate import Evaluation, check_measurable, evaluate_model, tells_classes
 from distill.evaluation.fidelity import fidelity
 from distill.evaluation.metrics import (
+    Catalogue,
     Qrels,
     RankingResult,
     Run,
-    classified,
-    fit_threshold,
     higher_is_better,
-    pairs,
+    merit,
     parse_metric,
     ranking,
 )
+from distill.evaluation.pair_metrics import classified, fit_threshold, pairs
+from distill.evaluation.references import REFERENCES, evaluate_reference
 from distill.evaluation.scoring import PairScorer, score_listed
 from distill.evaluation.search import search, top
 from distill.evaluation.significance import Comparison, compare
 
 __all__ = [
+    "REFERENCES",
+    "Catalogue",
     "Comparison",
     "Evaluation",
     "PairScorer",
@@ -29,9 +32,11 @@ __all__ = [
     "classified",
     "compare",
     "evaluate_model",
+    "evaluate_reference",
     "fidelity",
     "fit_threshold",
     "higher_is_better",
+    "merit",
     "pairs",
     "parse_metric",
     "queries_per_second",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -16,10 +16,18 @@ from distill.model import Encoder
 def size_in_mb(model: nn.Module) -> float:
     """Size of the parameters in float32, each shared one counted once: 1 MB is 10^6 bytes.
 
+    Of a model built from others it is theirs too.
+
     >>> size_in_mb(nn.Linear(1000, 250, bias=False))
     1.0
     """
-    return 4 * sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    return 4 * sum({id(p): p.numel() for p in _parameters(model)}.values()) / 1e6
+
+
+def _parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    yield from model.parameters()
+    for part in getattr(model, "parts", {}).values():
+        yield from _parameters(part)
 
 
 def queries_per_second(model: Encoder, queries: Sequence[Any], repeats: int = 5) -> float:

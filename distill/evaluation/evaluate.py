@@ -14,8 +14,10 @@ from torch import Tensor
 from distill.data.judged import Judged
 from distill.errors import DataError, RecipeError
 from distill.evaluation import metrics as plain
+from distill.evaluation import pair_metrics
 from distill.evaluation.scoring import (
-    PairScorer,
+    Measured,
+    VectorScorer,
     can_search,
     encodes_apart,
     first_of_bm25,
@@ -24,8 +26,8 @@ from distill.evaluation.scoring import (
     score,
     score_listed,
     searched,
+    searches_tokens,
 )
-from distill.model import Encoder
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,8 @@ class Evaluation:
     task: str
     method: str  # how candidates were found and scored, in words
     means: dict[str, float]
-    per_query: (
-        pd.DataFrame
-    )  # query, a column per metric; pairs: query, candidate, score (or class), label, Accuracy if asked
-    queries: int  # how many the means are over
+    per_query: pd.DataFrame  # query, a column per metric; see evaluate_model for pairs
+    queries: int  # how many queries, or pairs, the means are over
     left_out: Mapping[str, int] = field(default_factory=dict)  # reason -> how many
     threshold: float | None = None  # of Accuracy and F1
 
@@ -53,26 +53,31 @@ class Evaluation:
 
 
 def evaluate_model(
-    model: Encoder | PairScorer,
+    model: Measured,
     judged: Judged,
     metrics: Sequence[str],
     *,
     top_k: int = 1000,
     rerank: int = 100,
-    rerank_from: Encoder | None = None,
+    rerank_from: VectorScorer | None = None,
     threshold_from: Judged | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Measure a model as the task of ``judged`` asks for.
 
-    retrieval: an Encoder searches all candidates; another model re-ranks the best of a first stage.
-    rerank: the listed candidates are put in order. pairs: each listed pair gets a score. Equal scores
-    are ordered by candidate id. Each distinct text is encoded once, each distinct pair scored once.
-    Queries without a relevant candidate are left out, and counted in the result.
+    retrieval: an Encoder searches all candidates but those that a query has seen; another model re-ranks
+    the best of a first stage. rerank: the listed candidates are put in order. pairs: each listed pair gets a
+    score. Equal scores are ordered by candidate id. Each distinct content is encoded once, each distinct pair
+    scored once. Queries without a relevant candidate are left out, and counted in the result.
+
+    Of pairs, ``per_query`` has a row per pair (query, candidate, score, label, Accuracy if asked), or, where
+    the split says which user a query belongs to or GAUC is asked, a row per user (query, weight, and what of
+    the metrics is a weighted mean over users).
 
     Args:
-        model: An Encoder of one vector per text, or anything with ``score_pairs``. Pairs whose labels are
-            more than two classes need one that gives logits of them.
+        model: An Encoder whose vectors are compared by dot product, or by its own ``score_encoded``, or
+            anything with ``score_pairs``; if it has a vector per token, it searches by them. Pairs whose
+            labels are more than two classes need one that gives logits of them.
         judged: The split; its labels are what is measured against.
         metrics: Names; see ``parse_metric`` for rankings and ``PAIR_METRICS`` for pairs.
         top_k: How deep to search for metrics without a cutoff, as MAP.
@@ -82,19 +87,19 @@ def evaluate_model(
         progress: Show bars.
     """
     check_measurable(judged, metrics, threshold_from)
-    if not encodes_apart(model) and not hasattr(model, "score_pairs"):
-        raise TypeError(f"{type(model).__name__} can neither encode texts for a search nor score pairs.")
+    if not can_search(model) and not encodes_apart(model) and not hasattr(model, "score_pairs"):
+        raise TypeError(f"{type(model).__name__} can neither encode rows for a search nor score pairs.")
     if judged.task == "pairs":
         return _evaluate_pairs(model, judged, metrics, threshold_from, progress)
     kept, left_out = _with_positive(judged)
     if judged.task == "rerank":
-        entries = torch.isin(query_of(judged.listed), kept)
+        entries = _distinct_of(judged, kept)
         query, candidate = query_of(judged.listed)[entries], judged.listed.values[entries]
-        query, candidate = _distinct(query, candidate, len(judged.candidates))
         method = "listed candidates in order of score"
-        scores = score(model, judged, query, candidate, progress)
-    elif can_search(model):
-        method = "exact search over all candidates"
+        pair = {name: column[entries] for name, column in judged.pair.items()}
+        scores = score(model, judged, query, candidate, progress, pair)
+    elif can_search(model) or searches_tokens(model):
+        method = "exact search over all candidates" + (", seen left out" if judged.seen is not None else "")
         depth = plain.cutoff(metrics, default=top_k)
         query, candidate, scores = searched(model, judged, kept, depth, progress)
     else:
@@ -105,10 +110,17 @@ def evaluate_model(
         else:
             query, candidate = first_of_bm25(judged, kept, rerank)
         scores = score(model, judged, query, candidate, progress)
+    place_of = id_rank(judged.candidates)  # ties are decided by it
+    entries = torch.isin(query_of(judged.listed), kept)
     result = plain.ranking(
-        plain.Run(query.numpy(), id_rank(judged.candidates)[candidate].numpy(), scores.numpy()),
-        _qrels(judged, kept),
+        plain.Run(query.numpy(), place_of[candidate].numpy(), scores.numpy()),
+        plain.Qrels(
+            query_of(judged.listed)[entries].numpy(),
+            place_of[judged.listed.values[entries]].numpy(),
+            _labels(judged)[entries].numpy(),
+        ),
         metrics,
+        _catalogue(judged, place_of),
     )
     per_query = result.per_query.assign(query=[judged.queries.ids[row] for row in result.per_query["query"]])
     return Evaluation(judged.name, judged.task, method, result.means, per_query, len(per_query), left_out)
@@ -116,58 +128,95 @@ def evaluate_model(
 
 def check_measurable(judged: Judged, metrics: Sequence[str], threshold_from: Judged | None = None) -> None:
     """Refuse, before any work, a split or metrics that ``evaluate_model`` could not measure."""
+    where = judged.name or "the split"
     if judged.task == "texts":
-        raise DataError(f"{judged.name or 'the split'} has texts only: there is nothing to measure on it.")
+        raise DataError(f"{where} has texts only: there is nothing to measure on it.")
     labels = _labels(judged)
     if judged.task == "pairs":
-        plain.check_pair_metrics(metrics)
+        pair_metrics.check_pair_metrics(metrics)
         if tells_classes(judged, metrics):
-            plain.check_class_metrics(metrics)
+            pair_metrics.check_class_metrics(metrics)
             return
-        if plain.needs_threshold(metrics):
+        if pair_metrics.needs_threshold(metrics):
             if threshold_from is None:
                 raise RecipeError(
                     "Accuracy and F1 need a threshold, fitted on another split: give threshold_from a "
                     "labelled development split, or take these metrics out."
                 )
             known = _labels(threshold_from).numpy()
-            plain.fit_threshold(known, known)
-        plain.pairs(
-            labels.numpy(), labels.numpy(), metrics, 0.5
-        )  # refuses labels that these metrics cannot read
+            pair_metrics.fit_threshold(known, known)
+        # refuses labels that these metrics cannot read
+        pair_metrics.pairs(labels.numpy(), labels.numpy(), metrics, 0.5, _users(judged).numpy())
         return
-    for name in metrics:
-        plain.parse_metric(name)
+    known_as = {metric: plain.ranking_metric(metric) for metric in metrics}
+    plain.check_catalogue(known_as, _catalogue(judged, torch.empty(0)))
     _with_positive(judged)
     if len(fractions := (labels != labels.round()).nonzero()[:, 0]):
         row = int(fractions[0])
         query = judged.queries.ids[int(query_of(judged.listed)[row])]
         raise DataError(
-            f"{judged.name or 'the split'}: the label of query '{query}' and candidate "
+            f"{where}: the label of query '{query}' and candidate "
             f"'{judged.candidates.ids[int(judged.listed.values[row])]}' is {labels[row]:g}; ranking metrics "
             f"need whole numbers: 0 for not relevant, 1 or more for relevant."
         )
+    if judged.task == "retrieval" and judged.seen is not None:
+        n = len(judged.candidates)
+        wanted = (query_of(judged.listed) * n + judged.listed.values)[labels > 0].sort().values
+        seen = query_of(judged.seen) * n + judged.seen.values
+        place = torch.searchsorted(wanted, seen).clamp(max=len(wanted) - 1)
+        if len(lost := seen[wanted[place] == seen]):
+            user, item = int(lost[0]) // n, int(lost[0]) % n
+            raise DataError(
+                f"{where}: query '{judged.queries.ids[user]}' has seen candidate "
+                f"'{judged.candidates.ids[item]}', which is relevant to it, so a search that leaves out "
+                f"what was seen cannot find it; take it out of `seen`."
+            )
 
 
 def tells_classes(judged: Judged, metrics: Sequence[str]) -> bool:
     """Whether classes are measured, and the labels are of more than two: logits must tell them."""
-    several = judged.task == "pairs" and plain.several_classes(_labels(judged).numpy())
-    return several and not set(plain.CLASS_METRICS).isdisjoint(metrics)
+    several = judged.task == "pairs" and pair_metrics.several_classes(_labels(judged).numpy())
+    return several and not set(pair_metrics.CLASS_METRICS).isdisjoint(metrics)
 
 
 def _evaluate_pairs(
-    model: Encoder | PairScorer, judged: Judged, metrics: Sequence[str], dev: Judged | None, progress: bool
+    model: Measured, judged: Judged, metrics: Sequence[str], dev: Judged | None, progress: bool
 ) -> Evaluation:
     scores, labels = score_listed(model, judged, progress).numpy(), _labels(judged).numpy()
+    if scores.ndim == 2:
+        return _evaluate_classes(scores, labels, judged, metrics)
     threshold = None
-    if several := scores.ndim == 2:  # logits of a classifier, which decides by the largest
-        means = plain.classified(scores, labels, metrics)
-        scores = scores.argmax(axis=1)
+    if dev is not None and pair_metrics.needs_threshold(metrics):
+        threshold = pair_metrics.fit_threshold(
+            score_listed(model, dev, progress).numpy(), _labels(dev).numpy()
+        )
+    users, left_out = _users(judged).numpy(), dict[str, int]()
+    means = pair_metrics.pairs(scores, labels, metrics, threshold, users)
+    if judged.groups is not None or "GAUC" in metrics:
+        per_query = pair_metrics.per_user(scores, labels, metrics, users, threshold)
+        if "GAUC" in metrics:
+            left_out = {"users with labels of one kind, of GAUC": int(per_query["GAUC"].isna().sum())}
     else:
-        if dev is not None and plain.needs_threshold(metrics):
-            threshold = plain.fit_threshold(score_listed(model, dev, progress).numpy(), _labels(dev).numpy())
-        means = plain.pairs(scores, labels, metrics, threshold)
-    per_query = pd.DataFrame(
+        per_query = _per_pair(judged, scores, labels)
+        if "Accuracy" in metrics and threshold is not None:
+            per_query["Accuracy"] = ((scores.astype(np.float64) >= threshold) == (labels > 0)).astype(float)
+    method = "a score per pair"
+    return Evaluation(judged.name, "pairs", method, means, per_query, len(scores), left_out, threshold)
+
+
+def _evaluate_classes(
+    logits: np.ndarray, labels: np.ndarray, judged: Judged, metrics: Sequence[str]
+) -> Evaluation:
+    """By logits [n, C] of a classifier, which decides by the largest: its class stands as the score."""
+    means, told = pair_metrics.classified(logits, labels, metrics), logits.argmax(axis=1)
+    per_query = _per_pair(judged, told, labels)
+    if "Accuracy" in metrics:
+        per_query["Accuracy"] = (told == labels).astype(float)
+    return Evaluation(judged.name, "pairs", "the likeliest class per pair", means, per_query, len(told))
+
+
+def _per_pair(judged: Judged, scores: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame(
         {
             "query": [judged.queries.ids[row] for row in query_of(judged.listed).tolist()],
             "candidate": [judged.candidates.ids[row] for row in judged.listed.values.tolist()],
@@ -175,12 +224,12 @@ def _evaluate_pairs(
             "label": labels,
         }
     )
-    if "Accuracy" in metrics and several:
-        per_query["Accuracy"] = (scores == labels).astype(float)
-    elif "Accuracy" in metrics and threshold is not None:
-        per_query["Accuracy"] = ((scores.astype(np.float64) >= threshold) == (labels > 0)).astype(float)
-    method = "the likeliest class per pair" if several else "a score per pair"
-    return Evaluation(judged.name, "pairs", method, means, per_query, len(scores), {}, threshold)
+
+
+def _users(judged: Judged) -> Tensor:
+    """Which user each listed pair belongs to [T]; where the split does not say, its query."""
+    query = query_of(judged.listed)
+    return query if judged.groups is None else judged.groups[query]
 
 
 def _labels(judged: Judged) -> Tensor:
@@ -204,14 +253,14 @@ def _with_positive(judged: Judged) -> tuple[Tensor, dict[str, int]]:
     }
 
 
-def _distinct(query: Tensor, candidate: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
-    """Each pair once: a candidate that a query lists twice is still ranked once."""
-    pair = torch.unique(query * candidates + candidate)
-    return pair // candidates, pair % candidates
-
-
-def _qrels(judged: Judged, kept: Tensor) -> plain.Qrels:
+def _distinct_of(judged: Judged, kept: Tensor) -> Tensor:
+    """Entries of what the kept queries list, each pair once: what is listed twice is still ranked once."""
     query = query_of(judged.listed)
-    entries = torch.isin(query, kept)
-    candidate = id_rank(judged.candidates)[judged.listed.values[entries]]
-    return plain.Qrels(query[entries].numpy(), candidate.numpy(), _labels(judged)[entries].numpy())
+    entries = torch.isin(query, kept).nonzero()[:, 0]
+    pair = (query * len(judged.candidates) + judged.listed.values)[entries]
+    return entries[torch.from_numpy(np.unique(pair.numpy(), return_index=True)[1])]
+
+
+def _catalogue(judged: Judged, place_of: Tensor) -> plain.Catalogue:
+    popularity = None if judged.popularity is None else judged.popularity.numpy()
+    return plain.Catalogue(place_of.numpy(), popularity)

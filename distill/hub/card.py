@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from distill.errors import UserError
 
-Kind = Literal["encoder", "cross_encoder", "own", "recommender"]
+Kind = Literal["encoder", "multi_vector", "cross_encoder", "own", "recommender", "combined"]
 # library_name, pipeline_tag, further tags
 _HUB_WORDS: dict[str, tuple[str, str | None, list[str]]] = {
     "encoder": (
@@ -20,15 +20,28 @@ _HUB_WORDS: dict[str, tuple[str, str | None, list[str]]] = {
         "sentence-similarity",
         ["sentence-transformers", "sentence-similarity", "feature-extraction"],
     ),
+    "multi_vector": (
+        "sentence-transformers",
+        "sentence-similarity",
+        ["sentence-transformers", "multi-vector", "ColBERT", "feature-extraction"],
+    ),
     "cross_encoder": ("sentence-transformers", "text-ranking", ["sentence-transformers", "cross-encoder"]),
     "own": ("distill", "text-ranking", []),
     "recommender": ("distill", None, ["recommendation"]),
+    "combined": ("distill", None, []),
 }
 _USE_ELSEWHERE = {
     "encoder": """\
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{path}")
+queries = model.encode_query(["what is distillation?"])
+documents = model.encode_document(["A small model learns from a large one."])
+print(model.similarity(queries, documents))""",
+    "multi_vector": """\
+from sentence_transformers import MultiVectorEncoder
+
+model = MultiVectorEncoder("{path}")
 queries = model.encode_query(["what is distillation?"])
 documents = model.encode_document(["A small model learns from a large one."])
 print(model.similarity(queries, documents))""",
@@ -39,10 +52,17 @@ model = CrossEncoder("{path}")
 print(model.predict([("what is distillation?", "A small model learns from a large one.")]))""",
 }
 _USE_HERE = {
+    "recommender": """\
+# rows: a DataFrame or a list of dictionaries, with the columns of model.user_features, model.item_features
+users = model.encode_users(rows)
+items = model.encode_items(rows_of_items)
+print(users @ items.T)""",
     "encoder": """\
 vectors = model.encode_queries(["what is distillation?"])
 candidates = model.encode_candidates(["A small model learns from a large one."])
 print(vectors @ candidates.T)""",
+    "multi_vector": """\
+print(model.score_pairs(["what is distillation?"], ["A small model learns from a large one."]))""",
 }
 
 
@@ -78,7 +98,7 @@ def model_card(
     library, pipeline, tags = _HUB_WORDS[kind]
     measured = [
         EvalResult(
-            task_type=pipeline or "recommendation",
+            task_type=pipeline or ("recommendation" if kind == "recommender" else "text-ranking"),
             dataset_type=_hub_name(dataset) or _slug(dataset) or "unknown",
             dataset_name=dataset or "unknown",
             metric_type=_slug(metric),
@@ -144,9 +164,11 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = False, token: 
 def _what_it_is(kind: Kind, recipe: Mapping[str, Any], student: str, base_model: str | None) -> str:
     words = {
         "encoder": "A text encoder for search: queries and passages become vectors to compare",
+        "multi_vector": "A text encoder for search by late interaction: each token becomes a vector",
         "cross_encoder": "A cross-encoder for ranking: it scores a query and a passage read together",
         "own": "A model for ranking, or for telling classes of pairs of texts, which Distill opens",
         "recommender": "A recommender: users and items become vectors to compare",
+        "combined": "Several models as one: the folder says by which rule, and where they are",
     }
     teachers = [name for name in recipe.get("models", {}) if name != student]
     lines = [f"{words[kind]}."]
@@ -196,8 +218,12 @@ def _usage(name: str, kind: Kind, recipe: Mapping[str, Any], student: str) -> li
     if kind in _USE_ELSEWHERE:
         texts += ["With sentence-transformers:", f"```python\n{_USE_ELSEWHERE[kind].format(path=name)}\n```"]
     package, _, used = str(recipe.get("models", {}).get(student, {}).get("type", "")).rpartition(".")
-    if package:
-        lines = [f"from {package} import {used}", "", f'model = {used}(checkpoint="{name}")']
+    if kind == "combined":
+        lines = ["from distill.open import open_model", "", f'model = open_model("{name}")']
+        texts += ["With Distill:", "```python\n" + "\n".join(lines) + "\n```"]
+    elif package:
+        opened = f'{used}.from_pretrained("{name}")'
+        lines = [f"from {package} import {used}", "", f"model = {opened}"]
         if kind in _USE_HERE:
             lines.append(_USE_HERE[kind])
         texts += ["With Distill:", "```python\n" + "\n".join(lines) + "\n```"]

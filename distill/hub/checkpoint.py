@@ -15,7 +15,8 @@ from distill.errors import RecipeError
 from distill.hub.files import read_json
 from distill.hub.modules import transformer_folders
 
-WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # configurations, weights, tokenizers
+# configurations, weights, tokenizers, vocabularies of features
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.arrow"]
 UNWANTED = ["onnx/*", "openvino/*", "coreml/*", "original/*"]
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -106,7 +106,7 @@ def _layout(folder: Path, parts: list[Part], settings: dict[str, Any]) -> Encode
         if part.kind == "Pooling" and place == 0:
             pooling = _read_pooling(part.folder, settings)
         elif part.kind == "Dense" and pooling and not normalize:
-            dense.append(_read_dense(part.folder))
+            dense.append(read_dense(part.folder))
         elif part.kind == "Normalize" and pooling:
             _refuse_other_inputs(part.folder, read_json(part.folder / "config.json", {}))
             normalize = True
@@ -180,9 +180,10 @@ def _read_pooling(folder: Path, settings: dict[str, Any]) -> str:
     return modes[0]
 
 
-def _read_dense(folder: Path) -> Dense:
+def read_dense(folder: Path, of: str = "sentence_embedding") -> Dense:
+    """A Dense module that reads and writes ``of``."""
     config = read_json(folder / "config.json")
-    _refuse_other_inputs(folder, config)
+    _refuse_other_inputs(folder, config, of)
     if config.get("use_residual"):
         raise RecipeError(f"{folder / 'config.json'}: a Dense with use_residual does not open here.")
     weights = folder / "model.safetensors"
@@ -198,9 +199,9 @@ def _read_dense(folder: Path) -> Dense:
     return Dense(tensors["linear.weight"], tensors.get("linear.bias"), name)
 
 
-def _refuse_other_inputs(folder: Path, config: dict[str, Any]) -> None:
+def _refuse_other_inputs(folder: Path, config: dict[str, Any], of: str = "sentence_embedding") -> None:
     for key in ("module_input_name", "module_output_name"):
-        if (name := config.get(key) or "sentence_embedding") != "sentence_embedding":
+        if (name := config.get(key) or of) != of:
             raise RecipeError(f"{folder / 'config.json'}: {key} '{name}' does not open here.")
 
 

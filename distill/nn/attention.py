@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from distill.errors import RecipeError, RunError
 from distill.nn import cpu_training
-
-NAME = "distill"  # of the attention, as `transformers` registers it
+from distill.nn.packed import ATTENTION
 
 Heard = tuple[Tensor, Tensor, float]  # queries [n, H, T, d], keys [n, G, T, d], scale of their products
 
@@ -64,14 +63,14 @@ def use_attention(backbone: Any) -> None:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface
 
-        AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, cpu_training.padding_mask)
-        backbone.set_attn_implementation(NAME)
+        AttentionInterface.register(ATTENTION, attention)
+        AttentionMaskInterface.register(ATTENTION, cpu_training.padding_mask)
+        backbone.set_attn_implementation(ATTENTION)
 
 
 def can_listen(backbone: Any) -> bool:
     """Whether the attention of a transformer can be heard."""
-    return backbone.config._attn_implementation == NAME
+    return backbone.config._attn_implementation == ATTENTION
 
 
 @contextmanager

@@ -1,23 +1,13 @@
-"""Answering fast on a CPU: packed weights, and several chunks at a time instead of several threads a chunk.
-
-Both are measured by ``benchmarks/encode_text.py``.
-"""
+"""Answering fast on a CPU: packed weights. Measured by ``benchmarks/encode_text.py``."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-MOST_STREAMS = 8  # beyond, they wait for Python's lock
-
-A = TypeVar("A")
-B = TypeVar("B")
 
 
 class PackedLinear(nn.Module):
@@ -44,7 +34,7 @@ def serving_copy(backbone: Any, rows: int) -> Any:
         return half
     for parent in list(half.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.Linear:
+            if isinstance(child, nn.Linear):
                 setattr(parent, name, PackedLinear(child, rows))
     return half
 
@@ -59,27 +49,3 @@ def packs() -> bool:
             return torch.allclose(PackedLinear(linear, 4)(x), linear(x), rtol=0.05, atol=0.05)
     except (AttributeError, RuntimeError):
         return False
-
-
-def in_streams(work: Callable[[A], B], given: Sequence[A]) -> list[B]:
-    """``work`` of each, without gradient, several at a time on few cores each; results in order.
-
-    A matrix product of one chunk is too small to be shared well between cores.
-    """
-    threads = torch.get_num_threads()
-    streams = min(threads, MOST_STREAMS, len(given))
-    if streams < 2:
-        return [work(one) for one in given]
-    autocast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-
-    def alike(one: A) -> B:  # what a new thread does not inherit
-        with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=autocast):
-            return work(one)
-
-    share = threads // streams
-    torch.set_num_threads(share)  # for MKL, which has one number for all threads
-    try:
-        with ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(share,)) as pool:
-            return [*pool.map(alike, given)]
-    finally:
-        torch.set_num_threads(threads)

@@ -1,9 +1,8 @@
-"""Attention, dropout and layer norm that train fast on a CPU; elsewhere torch's own are used.
+"""Attention and layer norm that train fast on a CPU; elsewhere torch's own are used. See also ``packed.py``.
 
 On a CPU the backward of torch's fused attention takes several times as long as the plain products for
-texts of ordinary length, its dropout draws one random number at a time, and autocast casts what goes from a
-layer norm into a matrix product once for each product, both ways. All are measured by
-``benchmarks/train_text.py``.
+texts of ordinary length, and autocast casts what goes from a layer norm into a matrix product once for each
+product, both ways. All are measured by ``benchmarks/train_text.py``.
 """
 
 from __future__ import annotations
@@ -13,39 +12,11 @@ import sys
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-
-class Dropout(nn.Module):
-    """Dropout whose mask is drawn by a fast generator, seeded by torch's: a resumed run draws the same.
-
-    Probabilities are taken to 1/65,536.
-    """
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
-            return x
-        return dropout(x, self.p)
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Zero each value with probability p and divide the others by 1 - p."""
-    if x.device.type != "cpu":
-        return nn.functional.dropout(x, p)
-    seed = int(torch.empty((), dtype=torch.int64).random_())
-    words = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, -(-x.numel() // 4), dtype=np.uint64)
-    drawn = torch.from_numpy(words.view(np.int16)[: x.numel()]).view(x.shape)
-    least = round(p * 65536) - 32768
-    if x.dtype != torch.bfloat16:
-        return x * ((drawn >= least) * (1.0 / (1.0 - p))).to(x.dtype)
-    scale = torch.tensor(1.0 / (1.0 - p), dtype=torch.bfloat16).view(torch.int16)  # as its 16 bits
-    return x * torch.ge(drawn, least, out=torch.empty_like(drawn)).mul_(scale).view(torch.bfloat16)
+from distill.nn import dropout as fast
+from distill.nn.packed import Packing, packed_attention
 
 
 class LayerNorm(nn.LayerNorm):
@@ -55,11 +26,19 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        half = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-        if not half or torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        if not _in_bf16(x):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             return super().forward(x).to(torch.bfloat16)
+
+
+def _in_bf16(x: Tensor) -> bool:
+    """Whether autocast makes products of x bf16 ones, on a CPU."""
+    return (
+        x.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    )
 
 
 def attention(
@@ -70,12 +49,17 @@ def attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    packing: Packing | None = None,
     **others,
 ) -> tuple[Tensor, None]:
     """An attention of ``transformers``: query, key, value [n, H, T, D] to [n, T, H, D].
 
-    The mask is boolean, [n, 1, 1 or T, T].
+    The mask is boolean, [n, 1, 1 or T, T]. With a packing n is 1, T its ids, and no mask is given.
     """
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if packing is not None:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [ids, H, D] each
+        return packed_attention(q, k, v, packing, scale, dropout)[None], None
     plain = query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad
     causal = attention_mask is None and getattr(module, "is_causal", False)  # said by no mask
     special = causal or any(
@@ -87,7 +71,6 @@ def attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     weights = (query * scale) @ key.transpose(-1, -2)  # [n, H, T, T]
     if attention_mask is not None:
         low = torch.finfo(weights.dtype).min
@@ -97,7 +80,7 @@ def attention(
     wide = torch.float32 if weights.dtype == torch.bfloat16 else None  # in bf16 it is slower
     weights = weights.softmax(dim=-1, dtype=wide).to(value.dtype)
     if dropout > 0.0:
-        weights = _dropout(weights, dropout)
+        weights = fast.dropout(weights, dropout)
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
@@ -113,15 +96,13 @@ def padding_mask(batch_size: int, q_length: int, kv_length: int, **others) -> Te
     return sdpa_mask(batch_size, q_length, kv_length, **others)
 
 
-_dropout = dropout  # `attention` must call its argument by the name that transformers gives it
-
-
 @cache
 def keep_memory() -> None:
     """Let glibc keep the large blocks that activations live in, not ask for them page by page each step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks of up to 1 GiB come from the heap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose end is not handed back
+        libc.mallopt(-2, 2**26)  # M_TOP_PAD: nor are the heaps of threads
 
 
 def prepare_for_cpu(backbone: Any) -> None:
@@ -130,6 +111,6 @@ def prepare_for_cpu(backbone: Any) -> None:
     for parent in list(backbone.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Dropout:
-                setattr(parent, name, Dropout(child.p).train(child.training))
+                setattr(parent, name, fast.Dropout(child.p).train(child.training))
             elif type(child) is nn.LayerNorm:
                 child.__class__ = LayerNorm  # its parameters stay what they are

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from distill.batch import Ragged
 from distill.errors import RecipeError
 from distill.hub.checkpoint import position_limit
 from distill.nn.attention import by_token, can_listen, listening, use_attention
-from distill.nn.cpu_serving import in_streams, serving_copy
+from distill.nn.cpu_serving import serving_copy
+from distill.nn.cpu_streams import in_streams, learn_in_streams, stream_count
 from distill.nn.cpu_training import prepare_for_cpu
+from distill.nn.packed import Packing, first_position, takes_packed
 from distill.nn.precision import native_bf16
 from distill.nn.tokenizer import TextTokenizer
 
@@ -36,8 +39,9 @@ class TextEncoder(nn.Module):
     Texts are sorted by length and cut into chunks of about ``chunk_tokens`` padded ids, so that a chunk
     holds texts of nearly one length; the results come back in the order of the texts. With gradient, the
     word embeddings of all chunks are looked up at once (one dense gradient of the table per step, not one
-    per chunk). Without gradient and on a device with native bf16, a bf16 copy of the weights answers,
-    made again when the weights change.
+    per chunk); on a CPU, a transformer that can learns from texts without any padding (``packed.py``).
+    Without gradient and on a device with native bf16, a bf16 copy of the weights answers, made again when
+    the weights change.
 
     Args:
         backbone: A ``PreTrainedModel``.
@@ -119,8 +123,16 @@ class TextEncoder(nn.Module):
             hidden: Heads find the last layer in ``hidden_states`` too: of a classifier there is no other way.
         """
         device = next(self.backbone.parameters()).device
-        chunks = self.cut(ids.lengths, self.chunk_tokens or (CHUNK_TOKENS if device.type == "cpu" else 65536))
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
+        training = (learning or self.training) and device.type == "cpu"
+        if (
+            training
+            and rows
+            and not (tokens or layers or attended is not None)
+            and takes_packed(self.backbone)
+        ):
+            return self._packed(ids, types, rows)
+        chunks = self.cut(ids.lengths, self.chunk_tokens or (CHUNK_TOKENS if device.type == "cpu" else 65536))
         backbone = self.backbone if learning or self.training else self._serving(device)
         embedded = self._embedded(ids.to(device)) if learning else None
 
@@ -152,6 +164,36 @@ class TextEncoder(nn.Module):
             by_text = places.select(order).values.argsort().to(device)
             back |= {name: by_text for name in (*(tokens or {}), *(["attention"] if layers else []))}
         return {name: torch.cat([p[name] for p in parts]).index_select(0, at) for name, at in back.items()}
+
+    def _packed(self, ids: Ragged, types: Ragged | None, heads: Mapping[str, Head]) -> dict[str, Tensor]:
+        """``read`` for heads of texts, while learning on a CPU: texts end to end, in chunks of equal work."""
+        backbone = self.backbone
+        order = torch.argsort(ids.lengths, stable=True, descending=True)
+        chunks = min(chunk_count(len(ids.values), self.chunk_tokens or CHUNK_TOKENS), len(ids))
+        rows = [order[place::chunks] for place in range(chunks)]  # each has long and short ones
+        packings = [Packing(ids.lengths[chosen]) for chosen in rows]
+        self._half = None  # the weights are about to change; a fused optimiser does not mark them
+        shuffled = Ragged.stack([ids.select(chosen) for chosen in rows]).values.long()
+        words = backbone.get_input_embeddings()(shuffled)  # of all chunks: one gradient of the table
+        first = first_position(backbone)
+
+        def run(chunk: int, words: Tensor) -> Tensor:
+            packing = packings[chunk]
+            positions = packing.rounded(packing.positions + first)
+            given = {"inputs_embeds": packing.rounded(words)[None], "position_ids": positions[None]}
+            if types is not None:
+                given["token_type_ids"] = packing.rounded(types.select(rows[chunk]).values.long())[None]
+            return backbone(**given, packing=packing).last_hidden_state[0]
+
+        hidden = learn_in_streams(run, words.split([int(p.lengths.sum()) for p in packings]), backbone)
+        parts: dict[str, list[Tensor]] = {name: [] for name in heads}
+        with torch.autocast("cpu", enabled=False):
+            for packing, packed in zip(packings, hidden, strict=True):
+                for bucket, padded in zip(packing.buckets, packing.padded(packed), strict=True):
+                    for name, head in heads.items():
+                        parts[name].append(head(Hidden(padded), bucket.mask).float())
+        back = torch.cat(rows).argsort()
+        return {name: torch.cat(part)[back] for name, part in parts.items()}
 
     def _embedded(self, ids: Ragged) -> Tensor:
         """The word embeddings of all ids, and a last row of zeros, which pads."""
@@ -216,6 +258,20 @@ class TextEncoder(nn.Module):
         if self._half is None or self._half[0] != state:
             self._half = (state, serving_copy(self.backbone, self.chunk_tokens or CHUNK_TOKENS))
         return self._half[1]
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What a transformer says of padded texts, as a head reads it."""
+
+    last_hidden_state: Tensor  # [n, T, D]
+
+
+def chunk_count(ids: int, budget: int) -> int:
+    """Into how many equal chunks so many ids go: about ``budget`` each, and as many for each stream."""
+    chunks, most = round(ids / budget), max(1, 2 * ids // budget)
+    streams = stream_count(most)
+    return max(1, min(-(-max(chunks, 1) // streams) * streams, most))
 
 
 def keep_layers(backbone: Any, layers: int | Sequence[int]) -> None:

@@ -162,6 +162,21 @@ class TextTokenizer:
         first = first.truncate(min(max_first, room))
         return first, second.truncate(room - first.lengths)
 
+    def forget(self, words: Sequence[str]) -> None:
+        """Cut these words of the vocabulary like any text again, where someone had them left whole."""
+        backend = self.tokenizer.backend_tokenizer
+        state = json.loads(backend.to_str())
+        base = state["model"].get("vocab", {})
+        kept = [
+            token
+            for token in state["added_tokens"]
+            if token["content"] not in words or token["content"] not in base
+        ]
+        if len(kept) < len(state["added_tokens"]):
+            state["added_tokens"] = kept
+            self.tokenizer._tokenizer = type(backend).from_str(json.dumps(state))
+            vars(self).pop("fingerprint", None)
+
     def save_pretrained(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)
 

@@ -55,11 +55,15 @@ class Objective(nn.Module, ABC):
     across = False  # True: compares queries with each other
     least_queries: ClassVar[int] = 0  # a batch of fewer has nothing to compare
     labelled = False  # True: reads batch.labels
+    contrasts = False  # True: learns nothing, or nothing but yes, from lists of positives only
 
     def __init__(self, student_needs: Needs, teacher_needs: Needs | None = None):
         super().__init__()
         self.student_needs = student_needs
         self.teacher_needs = teacher_needs or Needs()
+
+    def hear(self) -> None:
+        """An arrow gives it a teacher: who can learn from labels or from a teacher now needs the teacher."""
 
     def bind(self, student_sizes: dict[str, int], teacher_sizes: dict[str, int]) -> None:
         """Make parameters that depend on sizes (last axis by field), before the optimiser is made."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -10,8 +12,10 @@ from distill.batch import Batch
 from distill.errors import DataError
 from distill.outputs import Outputs
 
+Fields = Sequence[Literal["queries", "candidates"]]
 
-def said(outputs: Outputs | None, name: str) -> Tensor:
+
+def said(outputs: Outputs | None, name: str) -> Any:
     """The field of that name, which whoever made ``outputs`` was asked for."""
     value = None if outputs is None else getattr(outputs, name)
     if value is None:
@@ -47,6 +51,16 @@ def check_positive(**numbers: float) -> None:
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+
+
+def check_fields(
+    fields: Sequence[str], known: tuple[str, ...] = ("queries", "candidates")
+) -> tuple[str, ...]:
+    """The fields of vectors that are named, queries first."""
+    if isinstance(fields, str) or not fields or set(fields) - {*known}:
+        choice = "queries, candidates or both" if len(known) == 2 else f"some of {', '.join(known)}"
+        raise ValueError(f"fields must be a list of {choice}; got {fields!r}.")
+    return tuple(name for name in known if name in fields)
 
 
 def unpadded(values: Tensor, mask: Tensor) -> Tensor:

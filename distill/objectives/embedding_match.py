@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill.batch import Batch
 from distill.objectives.base import Objective
-from distill.objectives.checks import check_choice, check_shapes, said, unpadded
+from distill.objectives.checks import check_choice, check_fields, check_shapes, said, unpadded
 from distill.outputs import Needs, Outputs
 
 FIELDS = ("queries", "candidates", "pair_vectors")
@@ -69,13 +69,10 @@ class EmbeddingMatch(Objective):
         distance: Literal["cosine", "mse"] = "cosine",
         projection: bool | None = None,
     ):
-        if isinstance(fields, str) or not fields or set(fields) - {*FIELDS}:
-            raise ValueError(
-                f"fields must be a list of {', '.join(FIELDS)}, or some of them; got {fields!r}."
-            )
+        names = check_fields(fields, FIELDS)
         check_choice("distance", distance, ("cosine", "mse"))
-        super().__init__(student_needs=Needs(*fields), teacher_needs=Needs(*fields))
-        self.fields = tuple(name for name in FIELDS if name in fields)
+        super().__init__(student_needs=Needs(*names), teacher_needs=Needs(*names))
+        self.fields = names
         self.distance = distance
         self.projection = projection
         self.linear: nn.Linear | None = None

@@ -12,10 +12,23 @@ from distill import processes
 from distill.batch import Columns, Ragged
 from distill.data import Judged, RandomNegatives, TextSource, TextTable
 from distill.graph import Arrow, DistillationGraph
+from distill.maxsim import maxsim_all
 from distill.model import Model
-from distill.objectives import EmbeddingMatch, MarginMSE, PointwiseScore, SampledSoftmax, ScoreKL
+from distill.objectives import (
+    AttentionKL,
+    BinaryCrossEntropy,
+    EmbeddingMatch,
+    MarginMSE,
+    PointwiseScore,
+    SampledSoftmax,
+    ScoreKL,
+)
 from distill.outputs import Needs, Outputs
+from distill.tokens import Tokens
+from students import TwoTower
+from teachers import PrivilegedRanker
 from tests.distill.test_trainer import Bag, Words, judged, stopping, trainer
+from tests.shop import fitted, shop
 
 
 class Cross(Model):
@@ -71,7 +84,7 @@ class Scaled(Bag):
 
     def __init__(self, seed, dropout=0.0):
         super().__init__(seed, dropout)
-        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.factor = nn.Parameter(torch.tensor(1.5))
 
     def represent(self, batch, needs):
         said = super().represent(batch, needs)
@@ -80,7 +93,71 @@ class Scaled(Bag):
 
     def compare(self, outputs, batch, needs):
         said = super().compare(outputs, batch, needs)
-        return said.with_(scores=said.scores * self.scale, in_batch=said.in_batch * self.scale)
+        return said.with_(scores=said.scores * self.factor, in_batch=said.in_batch * self.factor)
+
+
+def said_of(ids, *places, layers=(), values):
+    """Tokens of rows of ids."""
+    return Tokens(values, ids.offsets, torch.stack(places, dim=1), layers)
+
+
+def places_of(ids):
+    return torch.arange(len(ids.values)) - ids.offsets[:-1].repeat_interleave(ids.lengths)
+
+
+class Late(Bag):
+    """A vector for each word, compared by MaxSim, and attention of one layer of two heads."""
+
+    provides = frozenset({"in_batch", "query_tokens", "candidate_tokens"}) | {
+        "query_attention",
+        "candidate_attention",
+    }
+    sizes = {"layers": 1, "heads": 2}
+
+    def represents(self, needs):
+        late = {"query_tokens", "candidate_tokens"} if "in_batch" in needs else set()
+        return needs.only((needs.fields - {"in_batch"}) | late)
+
+    def represent(self, batch, needs):
+        outputs = Outputs()
+        for name in self.represents(needs).fields:
+            side, kind = name.split("_")
+            ids = (batch.queries if side == "query" else batch.candidates)["words"]
+            values = self.linear(self.dropout(self.words(ids.values.long())))
+            if kind == "attention":
+                values = torch.stack([values, values.tanh()], dim=1).view(-1, 1, 2, 2, 3)
+            layers = (-1,) if kind == "attention" else ()
+            outputs = outputs.with_(**{name: said_of(ids, places_of(ids), layers=layers, values=values)})
+        return outputs
+
+    def compare(self, outputs, batch, needs):
+        sides = (outputs.query_tokens, outputs.candidate_tokens)
+        return outputs.with_(in_batch=maxsim_all(*(Ragged(side.values, side.offsets) for side in sides)))
+
+
+class Looks(Cross):
+    """Attention of one layer of two heads over each listed pair."""
+
+    provides = frozenset({"joint_attention"})
+    sizes = {"layers": 1, "heads": 2}
+
+    def represent(self, batch, needs):
+        rows, places = batch.mask.nonzero(as_tuple=True)
+        queries = batch.queries["words"].select(rows)
+        candidates = batch.candidates["words"].select(batch.index[rows, places])
+        sides = [Ragged(places_of(ids), ids.offsets) for ids in (queries, candidates)]
+        nowhere = [Ragged(torch.full_like(side.values, -1), side.offsets) for side in sides]
+        ids = Ragged.join([queries, candidates])
+        values = self.bag.linear(self.bag.dropout(self.bag.words(ids.values.long())))
+        said = said_of(
+            ids,
+            Ragged.join([sides[0], nowhere[1]]).values,
+            Ragged.join([nowhere[0], sides[1]]).values,
+            layers=(-1,),
+            values=torch.stack([values, values.tanh()], dim=1).view(-1, 1, 2, 2, 3),
+        )
+        width = batch.mask.shape[1]
+        return Outputs(joint_attention=said.among(rows * width + places, batch.mask.numel()))
 
 
 def texts():
@@ -145,6 +222,10 @@ def case(name, dropout=0.0):
                 Arrow("scores", ScoreKL(), "student", "head"),
             ],
         ),
+        "tokens": (  # rows of several tokens, of queries, candidates and pairs
+            {"student": Late(1, dropout), "peer": Looks(dropout)},
+            [labels, Arrow("words", AttentionKL(), "student", "peer", detach=False)],
+        ),
         "texts": (teach, [Arrow("vectors", EmbeddingMatch(fields=["candidates"]), "student", "teacher")]),
     }[name]
     torch.manual_seed(7)
@@ -153,16 +234,37 @@ def case(name, dropout=0.0):
     return graph, given
 
 
-CASES = ("in_batch", "lists", "vectors", "pairs", "taught", "cycle", "built", "texts")
+def users_and_items():
+    """A two-tower and a ranker that shares its tables, one of them so large that its gradient is sparse."""
+    features = fitted(user_buckets=2**15)
+    torch.manual_seed(7)
+    student = TwoTower(features, dim=6, embedding_dim=4, unknown=0.0, learned_temperature=True)
+    ranker = PrivilegedRanker(
+        features, student.tables, own_tables=["country"], history="attention", widths=(8,), unknown=0.0
+    )
+    arrows = [
+        Arrow("labels", BinaryCrossEntropy(), "student"),
+        Arrow("in_batch", SampledSoftmax(temperature=1.0), "student"),
+        Arrow("ranker_labels", BinaryCrossEntropy(), "peer"),
+        Arrow("soft", BinaryCrossEntropy(), "student", "peer"),
+    ]
+    graph = DistillationGraph({"student": student, "peer": ranker}, arrows, ["student", "peer"])
+    return graph, shop(features, batch_size=20)
+
+
+CASES = ("in_batch", "lists", "vectors", "pairs", "taught", "cycle", "built", "tokens", "texts", "features")
 
 
 def step(name, cache=None, dropout=0.0, **settings):
     """Losses and summed gradients of the first optimiser step, of two batches, the last a small one."""
-    graph, given = case(name, dropout)
+    graph, given = users_and_items() if name == "features" else case(name, dropout)
     found = {}
 
     def keep(*_):
-        found.update({n: p.grad.clone() for n, p in graph.trainable().items() if p.grad is not None})
+        for n, p in graph.trainable().items():
+            if p.grad is not None:
+                assert p.grad.is_sparse == (len(p) > 2**15 if p.dim() else False)
+                found[n] = p.grad.to_dense().clone()
         return 0.0
 
     with tempfile.TemporaryDirectory() as folder:
@@ -203,6 +305,8 @@ def main(folder):
     rows = torch.arange(rank + 1)[:, None] + 10 * rank
     found["gathered"] = processes.gather(rows)
     found["in_shares"] = processes.in_shares(lambda part: torch.tensor([2 * x for x in part]), list(range(7)))
+    shared = processes.in_shares(lambda part: Ragged.of([[x] * (x % 3) for x in part]), list(range(7)))
+    found["ragged_in_shares"] = shared.values
     assert processes.from_first(rank) == 0
     assert processes.any_of(rank == 1, False) == (True, False)
     save_file(found, folder / f"{rank}.safetensors")

@@ -16,6 +16,8 @@ from students import BiEncoder
 LABELS = {"type": "distill.objectives.SampledSoftmax", "to": "student"}
 EMBEDDINGS = {"type": "distill.objectives.EmbeddingMatch", "from": "teacher", "to": "student"}
 
+KL = "distill.objectives.ScoreKL"
+
 
 @pytest.fixture
 def recipe(tiny_bert, tmp_path):
@@ -58,6 +60,24 @@ def test_every_recipe_of_ours_passes_the_first_look(name):
 
 def test_there_are_recipes_of_ours():
     assert len(recipe_names()) >= 3
+
+
+def test_a_node_is_built_of_another_by_its_name(recipe, tiny_bert):
+    """What the recipe names is a node; what the class gets is the model, the very one that learns."""
+    models = {
+        "student": student(tiny_bert),
+        "bridge": {"type": "teachers.ColBERT", "of": "student", "train": True, "dim": 8},
+    }
+    losses = {"labels": {**LABELS, "to": "bridge"}, "down": {**EMBEDDINGS, "type": KL, "from": "bridge"}}
+    given = recipe(models=models, losses=losses)
+    Builder().check(given)
+    graph = Builder().graph(given)
+    graph.check({"data": True})
+    assert graph.nodes["bridge"].below == (graph.nodes["student"],) and graph.order() == ["student", "bridge"]
+    wrong = {**models, "bridge": {**models["bridge"], "of": "studnet"}}
+    assert mistakes(recipe(models=wrong, losses=losses)) == [
+        "models.bridge.of: there is no model 'studnet'. Did you mean 'student'?"
+    ]
 
 
 def test_a_recipe_becomes_a_graph(recipe):

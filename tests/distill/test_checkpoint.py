@@ -32,10 +32,12 @@ def made(steps=2, frozen=False):
 
 def test_parameters_moments_and_random_state_come_back(tmp_path):
     model, parameters, optimizer = made()
-    save_checkpoint(tmp_path / "step-1", parameters, optimizer, {"progress": {"step": 2}, "best": 0.1 + 0.2})
+    save_checkpoint(
+        tmp_path / "step-1", parameters, [optimizer], {"progress": {"step": 2}, "best": 0.1 + 0.2}
+    )
     drawn = torch.rand(3)
     other, theirs, fresh = made(steps=0)
-    state = load_checkpoint(tmp_path / "step-1", theirs, fresh)
+    state = load_checkpoint(tmp_path / "step-1", theirs, [fresh])
     assert state == {"progress": {"step": 2}, "best": 0.1 + 0.2}
     assert torch.equal(torch.rand(3), drawn)
     for name, parameter in parameters.items():
@@ -52,10 +54,10 @@ def test_parameters_moments_and_random_state_come_back(tmp_path):
 def test_nothing_is_pickled_and_nothing_half_written_stays(tmp_path):
     _, parameters, optimizer = made()
     folder = tmp_path / "checkpoints" / "step-1"
-    save_checkpoint(folder, parameters, optimizer, {})
+    save_checkpoint(folder, parameters, [optimizer], {})
     assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
     with pytest.raises(TypeError):
-        save_checkpoint(folder.with_name("step-2"), parameters, optimizer, {"no": object()})
+        save_checkpoint(folder.with_name("step-2"), parameters, [optimizer], {"no": object()})
     assert [path.name for path in folder.parent.iterdir()] == ["step-1"]
     assert latest(folder.parent) == folder
 
@@ -67,14 +69,14 @@ def test_nothing_is_pickled_and_nothing_half_written_stays(tmp_path):
 def test_a_damaged_file_is_named_with_the_remedy(file, harm, tmp_path):
     _, parameters, optimizer = made()
     folder = tmp_path / "step-1"
-    save_checkpoint(folder, parameters, optimizer, {"progress": {}})
+    save_checkpoint(folder, parameters, [optimizer], {"progress": {}})
     path = folder / file
     content = path.read_bytes()
     path.unlink()
     if harm != "missing":
         path.write_bytes(content[: len(content) // 2] if harm == "truncated" else b"\x80\xff" * 50)
     with pytest.raises(DataError, match=r"the checkpoint .*step-1 cannot be read .* Remove this folder"):
-        load_checkpoint(folder, parameters, optimizer)
+        load_checkpoint(folder, parameters, [optimizer])
 
 
 def test_parameters_of_another_graph_are_refused(tmp_path):
@@ -102,7 +104,7 @@ def test_latest_is_the_highest_step_and_the_others_go(tmp_path):
 def test_state_is_plain_json(tmp_path):
     _, parameters, optimizer = made()
     save_checkpoint(
-        tmp_path / "step-1", parameters, optimizer, {"progress": {"best": None, "dev": {"MAP": 0.5}}}
+        tmp_path / "step-1", parameters, [optimizer], {"progress": {"best": None, "dev": {"MAP": 0.5}}}
     )
     assert json.loads((tmp_path / "step-1" / "state.json").read_text()) == {
         "progress": {"best": None, "dev": {"MAP": 0.5}}

@@ -380,6 +380,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"keep": "studnet"}, r"keep: there is no model 'studnet' to keep. Did you mean 'student'\?"),
     ({"models.student.train": False}, r"models.student: the node to keep must be trained"),
     ({"evaluate.metrics": ["NDGC@10"]}, r"evaluate.metrics: 'NDGC@10' is not a ranking metric.*'nDCG@10'\?"),
+    ({"evaluate.metrics": ["Recall(cold=5)@10"]}, r"evaluate.metrics: 'Recall\(cold=5\)@10' needs how often"),
+    ({"evaluate.references": ["popularity"]}, r"evaluate.references: .*popularity cannot be measured"),
+    ({"evaluate.references": ["best"]}, r"evaluate.references.*'popularity'"),
+    (
+        {"data.negatives": [], "losses.labels": {"type": "distill.objectives.BPR", "to": "student"}},
+        r"losses.labels: BPR tells listed positives from listed negatives, .*`in_batch: true`",
+    ),
     (
         {"evaluate.split": "tset"},
         r"evaluate.split: no data set has a split 'tset'; there are data: train, test",

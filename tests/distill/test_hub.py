@@ -359,7 +359,7 @@ def test_a_card_is_valid_and_tells_all():
         assert line in text.splitlines(), line
 
 
-@pytest.mark.parametrize("kind", ["encoder", "cross_encoder", "recommender"])
+@pytest.mark.parametrize("kind", ["encoder", "cross_encoder", "recommender", "combined"])
 def test_the_code_in_a_card_is_python(kind):
     text = model_card("me/model", kind, RECIPE, "student", {})
     blocks = text.split("```python\n")[1:]

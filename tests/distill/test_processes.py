@@ -112,6 +112,7 @@ def test_rows_and_words_reach_all_processes(several):
             i + 10 * rank for rank in range(len(found)) for i in range(rank + 1)
         ]
         assert one["in_shares"].tolist() == [0, 2, 4, 6, 8, 10, 12]
+        assert one["ragged_in_shares"].tolist() == [1, 2, 2, 4, 5, 5]
 
 
 # the command

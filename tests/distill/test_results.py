@@ -34,6 +34,11 @@ def test_teachers_come_first_and_the_student_alone_last():
         ({"student": 0.7, "cross": 0.6, "baseline": 0.4}, "150%"),
         ({"student": 0.35, "cross": 0.6, "baseline": 0.4}, "-25%"),
         ({"student": 0.5, "cross": 0.4, "baseline": 0.4}, "not defined, cross is no better"),
+        ({"metric": "ECE", "student": 0.05, "cross": 0.01, "baseline": 0.06}, "20% .* to cross"),
+        (
+            {"metric": "Calibration", "student": 0.8, "cross": 1.0, "baseline": 0.64},
+            "50% .* to cross",  # log 0.8 is half of log 0.64
+        ),
         (
             {"metric": "Logloss", "student": 0.3, "cross": 0.2, "weak": 0.9, "baseline": 0.6},
             "75% .* to cross",
@@ -66,3 +71,24 @@ def test_a_run_without_metrics_still_has_a_table():
         ["model", "size in MB", "queries/s"],
         [["student", "1.0", "—"]],
     )
+
+
+def test_references_come_first_and_are_no_teachers():
+    references = {
+        "popularity": {"metrics": {"nDCG@10": 0.9, "AveragePopularity@10": 1234.56}},
+        "random": {"metrics": {"nDCG@10": 0.1}},
+    }
+    table = results(run(student=0.5, baseline=0.4) | {"references": references})
+    assert table.rows[:2] == [["popularity", "0.9000", "—", "—"], ["random", "0.1000", "—", "—"]]
+    assert [row[0] for row in table.rows[2:]] == ["student", "student without teachers"]
+    assert table.gap == ""
+
+
+def test_a_count_has_fewer_digits_than_a_share():
+    assert results(run("AveragePopularity@10", student=1234.56)).rows[0][1] == "1,234.6"
+
+
+def test_users_are_called_users():
+    comparison = {"metric": "GAUC", "difference": 0.01, "low": 0.0, "high": 0.02, "p_value": 0.03}
+    comparison |= {"queries": 12, "of": "users", "confidence": 0.95}
+    assert results(run(student=0.5) | {"comparison": comparison}).compared.endswith("p = 0.03, 12 users)")

@@ -16,6 +16,7 @@ from distill.data import Groups
 from distill.errors import RecipeError
 from distill.evaluation import evaluate_model
 from distill.recipe import check_recipe, read_yaml
+from distill.results import results
 from distill.run import Runs
 from distill.settings import BaselineTrain
 from distill.trainer import Trainer
@@ -101,7 +102,7 @@ def document(rows, tiny_bert):
             "vectors": {"type": "distill.objectives.EmbeddingMatch", "from": "peer", "to": "student"},
         },
         "train": {"epochs": 2, "batch_size": 5, "learning_rate": 1e-3, "mixed_precision": "no", "seed": 3},
-        "evaluate": {"metrics": METRICS},
+        "evaluate": {"metrics": METRICS, "references": ["random"]},
         "baseline": True,
         "search": ["what is a wing"],
     }
@@ -192,9 +193,14 @@ def test_per_query_figures_average_to_the_metrics(finished):
     folder, _ = finished
     metrics = json.loads((folder / "metrics.json").read_text())["models"]
     table = pd.read_parquet(folder / "per_query.parquet")
-    assert set(table["model"]) == set(metrics) and (table.groupby("model").size() == len(QUERIES)).all()
+    assert (
+        set(table["model"]) == {*metrics, "random"} and (table.groupby("model").size() == len(QUERIES)).all()
+    )
+    metrics |= json.loads((folder / "metrics.json").read_text())["references"]
     for name, part in table.groupby("model"):
         assert part["nDCG@10"].mean() == pytest.approx(metrics[name]["metrics"]["nDCG@10"])
+    rows = results(json.loads((folder / "metrics.json").read_text())).rows
+    assert [row[0] for row in rows] == ["random", "peer", "cross", "student", "student without teachers"]
 
 
 def test_the_student_is_compared_with_its_baseline_query_by_query(finished):

@@ -17,7 +17,7 @@ from distill.data import Judged, Mixture, NearestNegatives, TextSource, TextTabl
 from distill.errors import DataError, RecipeError, RunError
 from distill.graph import Arrow, DistillationGraph
 from distill.model import Encoder
-from distill.nn.cpu_training import Dropout
+from distill.nn.dropout import Dropout
 from distill.objectives import EmbeddingMatch, MarginMSE, Objective, RankNet, SampledSoftmax, ScoreKL
 from distill.outputs import Needs, Outputs
 from distill.settings import TrainSettings

@@ -1,20 +1,22 @@
-"""``distill.evaluation.metrics.pairs`` as an `evaluate` module; ``evaluate.load`` takes this file too."""
+"""``distill.evaluation.pairs`` as an `evaluate` module; ``evaluate.load`` takes this file too."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
 
-from distill.evaluation.metrics import pairs
+from distill.evaluation.pair_metrics import pairs
 
 _INPUTS = """
 Args:
     predictions: One score per pair.
     references: One label per pair: graded for Spearman and Pearson, 0 or 1 for the others.
-    metrics: Of Spearman, Pearson, AUC, Accuracy, F1 and Logloss.
+    metrics: Of Spearman, Pearson, AUC, GAUC, Accuracy, F1, Logloss, ECE and Calibration.
     threshold: Where Accuracy and F1 begin to say yes; see ``distill.evaluation.fit_threshold``.
+    groups: Which user each pair belongs to, for GAUC.
 
 Returns:
     The value of each metric.
@@ -30,7 +32,7 @@ class Pairs(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Metrics of scored pairs: Spearman, Pearson, AUC, Accuracy, F1, Logloss.",
+            description="Metrics of scored pairs: correlations, AUC, GAUC, Accuracy, F1, Logloss, ECE.",
             citation="",
             inputs_description=_INPUTS,
             features=datasets.Features(
@@ -44,5 +46,6 @@ class Pairs(evaluate.Metric):
         references: Sequence[float],
         metrics: Sequence[str] = ("Spearman",),
         threshold: float | None = None,
+        groups: Sequence[Any] | None = None,
     ) -> dict[str, float]:
-        return pairs(predictions, references, metrics, threshold)
+        return pairs(predictions, references, metrics, threshold, groups)

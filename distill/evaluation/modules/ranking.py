@@ -1,20 +1,22 @@
-"""``distill.evaluation.metrics.ranking`` as an `evaluate` module; ``evaluate.load`` takes this file too."""
+"""``distill.evaluation.ranking`` as an `evaluate` module; ``evaluate.load`` takes this file too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
 import evaluate
 
-from distill.evaluation.metrics import Qrels, Run, ranking
+from distill.evaluation.metrics import Catalogue, Qrels, Run, ranking
 
 _INPUTS = """
 Args:
     predictions: One per query: {"candidates": ids, "scores": floats}, in any order.
     references: One per query: {"candidates": ids, "labels": whole numbers}; above 0 means relevant.
-    metrics: Names as ir_measures prints them, or its other names: nDCG@10, MRR@10, Recall@100, MAP.
+    metrics: Names as ir_measures prints them, or its other names: nDCG@10, MRR@10, Recall@100, MAP; or of
+        the catalogue: Coverage@10, AveragePopularity@10, Recall(cold=5)@10.
+    popularity: For these, how often each candidate of the catalogue was chosen in training, by id.
 
 Returns:
     The mean of each metric over the queries that have a relevant candidate.
@@ -50,9 +52,11 @@ class Ranking(evaluate.Metric):
         predictions: Sequence[dict[str, Any]],
         references: Sequence[dict[str, Any]],
         metrics: Sequence[str] = ("nDCG@10",),
+        popularity: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
         run, qrels = _columns(predictions, "scores"), _columns(references, "labels")
-        return ranking(Run(*run), Qrels(*qrels), metrics).means
+        catalogue = None if popularity is None else Catalogue(list(popularity), list(popularity.values()))
+        return ranking(Run(*run), Qrels(*qrels), metrics, catalogue).means
 
 
 def _columns(rows: Sequence[dict[str, Any]], values: str) -> tuple[list[int], list[str], list[float]]:

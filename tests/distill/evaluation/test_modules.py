@@ -44,3 +44,20 @@ def test_the_pairs_module_equals_the_plain_function(how):
     module.add_batch(predictions=scores[:3], references=labels[:3])
     module.add(prediction=scores[3], reference=labels[3])
     assert module.compute(metrics=metrics, threshold=0.5) == expected
+
+
+@pytest.mark.parametrize("how", ["class", "path"])
+def test_the_modules_know_users_and_the_catalogue(how):
+    scores, labels, users = [0.9, 0.8, 0.3, 0.4, 0.1, 0.2], [1, 0, 1, 0, 0, 1], list("AABBBC")
+    measured = load("Pairs", how).compute(
+        predictions=scores, references=labels, metrics=["GAUC", "ECE"], groups=users
+    )
+    assert measured == pairs(scores, labels, ["GAUC", "ECE"], groups=users)
+    measured = load("Ranking", how).compute(
+        predictions=PREDICTIONS,
+        references=REFERENCES,
+        metrics=["Coverage@1", "AveragePopularity@1", "HitRate(cold=1)@2"],
+        popularity={"a": 4, "b": 1, "c": 2, "d": 0},
+    )
+    # b and a are first, equal scores by id; only b is cold, and is second for the one who wants it
+    assert measured == {"Coverage@1": 0.5, "AveragePopularity@1": 2.5, "HitRate(cold=1)@2": 1.0}

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from distill.batch import Ragged
 from distill.errors import DataError
 from distill.evaluation import search, top
 
@@ -61,3 +62,32 @@ def test_what_cannot_be_searched_is_refused():
         search(torch.ones(1, 2), torch.ones(1, 3), k=1)
     with pytest.raises(ValueError, match="at least 1"):
         search(torch.ones(1, 2), torch.ones(1, 2), k=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_what_a_query_has_seen_is_left_out(k, chunk):
+    """A query may have seen nothing, some, some twice, all but three, or all."""
+    queries, candidates = whole_vectors(5, seed=1), whole_vectors(40, seed=2)
+    seen = [[], [3, 9, 39, 0], [8, 8], list(range(37)), list(range(40))]
+    every = queries @ candidates.T
+    for row, rows in enumerate(seen):
+        every[row, rows] = -torch.inf
+    expected = every.sort(dim=1, descending=True, stable=True)
+    rows = expected.indices.masked_fill(expected.values == -torch.inf, -1)
+    found = search(queries, candidates, k, chunk, Ragged.of(seen))
+    assert found[1].tolist() == rows[:, :k].tolist()
+    assert found[0].tolist() == expected.values[:, :k].tolist()
+
+
+def test_blocks_of_queries_know_what_each_has_seen():
+    queries, candidates = whole_vectors(9, seed=4), whole_vectors(20, seed=5)
+    seen = Ragged.of([[row, 19 - row] for row in range(9)])
+    at_once = search(queries, candidates, 3, seen=seen)
+    one_by_one = search(queries, candidates, 3, chunk=2**23, seen=seen)
+    assert all(torch.equal(a, b) for a, b in zip(at_once, one_by_one, strict=True))
+
+
+def test_seen_is_of_each_query():
+    with pytest.raises(ValueError, match="seen must have a row for each of 2 queries, got 1"):
+        search(torch.ones(2, 3), torch.ones(4, 3), 1, seen=Ragged.of([[0]]))

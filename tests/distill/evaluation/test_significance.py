@@ -51,3 +51,42 @@ def test_what_cannot_be_paired_is_refused(other, metric, message):
         compare(frame([1.0, 2.0]), other, metric)
     with pytest.raises(DataError, match="at least 2 queries"):
         compare(frame([1.0]), frame([1.0]), "RR@10")
+
+
+def users(weights, values) -> pd.DataFrame:
+    names = [f"u{row}" for row in range(len(values))]
+    return pd.DataFrame({"query": names, "weight": weights, "GAUC": values})
+
+
+def test_users_count_by_their_impressions():
+    """Means are weighted; of four ways to flip the signs of 0.5 * 3 and 0.1 * 1, two are as far from 0."""
+    result = compare(users([3, 1], [0.25, 0.5]), users([3, 1], [0.75, 0.6]), "GAUC")
+    assert result.difference == pytest.approx((3 * 0.5 + 0.1) / 4)
+    assert result.p_value == pytest.approx(2 / 4)
+    assert (result.low, result.high) == pytest.approx((0.1, 0.5))
+
+
+def test_the_weighted_interval_is_that_of_a_ratio():
+    draw = np.random.default_rng(0)
+    weights, gain = draw.integers(1, 50, 400), draw.normal(0.02, 0.1, 400)
+    a = draw.uniform(size=400)
+    result = compare(users(weights, a), users(weights, a + gain), "GAUC")
+    mean = np.average(gain, weights=weights)
+    error = 1.96 * np.sqrt(np.sum((weights * (gain - mean)) ** 2)) / weights.sum()
+    assert result.difference == pytest.approx(mean)
+    assert (result.low, result.high) == pytest.approx((mean - error, mean + error), abs=0.003)
+
+
+def test_a_user_without_a_value_is_left_out():
+    a, b = users([3, 1, 9], [0.25, 0.5, np.nan]), users([3, 1, 9], [0.75, 0.6, np.nan])
+    assert compare(a, b, "GAUC") == compare(a[:2], b[:2], "GAUC")
+    assert compare(a, b, "GAUC").queries == 2
+    with pytest.raises(DataError, match="at least 2 queries, got 0"):
+        compare(a.assign(GAUC=np.nan), b, "GAUC")
+
+
+def test_equal_weights_change_nothing():
+    a, b = [0.0, 0.75, 0.5, 0.1], [0.25, 0.75, 0.75, 0.0]
+    plain = compare(frame(a), frame(b), "RR@10")
+    weighed = compare(frame(a).assign(weight=7), frame(b).assign(weight=7), "RR@10")
+    assert weighed == pytest.approx(plain)

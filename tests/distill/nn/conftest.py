@@ -22,7 +22,7 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a random model: bert, roberta, distilbert, modernbert or qwen2 (causal)."""
+    """The folder of a random model: bert, roberta, distilbert, modernbert, qwen2 (causal), grouped (keys)."""
 
     @functools.cache
     def make(name: str) -> Path:
@@ -51,6 +51,10 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             ),
             "qwen2": lambda: Qwen2Config(
                 max_position_embeddings=32, num_key_value_heads=2, **ends, **sizes
+            ),
+            "grouped": lambda: Qwen2Config(
+                max_position_embeddings=32, num_key_value_heads=2, **ends,
+                **(sizes | {"num_attention_heads": 4}),
             ),
         }[name]()  # fmt: skip
         folder = tmp_path_factory.mktemp(name)

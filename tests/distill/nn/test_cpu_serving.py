@@ -8,7 +8,8 @@ from torch import nn
 from transformers import AutoModel
 
 from distill.nn import cpu_serving
-from distill.nn.cpu_serving import PackedLinear, in_streams, packs, serving_copy
+from distill.nn.cpu_serving import PackedLinear, packs, serving_copy
+from distill.nn.cpu_streams import in_streams
 
 
 @pytest.fixture

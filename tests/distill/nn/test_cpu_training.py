@@ -9,8 +9,10 @@ from transformers import AutoModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from distill.nn import cpu_training
-from distill.nn.attention import NAME, use_attention
-from distill.nn.cpu_training import Dropout, LayerNorm, attention, dropout, prepare_for_cpu
+from distill.nn.attention import use_attention
+from distill.nn.cpu_training import LayerNorm, attention, prepare_for_cpu
+from distill.nn.dropout import Dropout, dropout
+from distill.nn.packed import ATTENTION
 
 
 class Layer(nn.Module):
@@ -132,7 +134,7 @@ def test_a_prepared_transformer_learns_as_before(name, family, texts):
     plain, ours = (AutoModel.from_pretrained(family(name)).double().eval() for _ in range(2))
     prepare_for_cpu(ours)
     use_attention(ours)
-    assert ours.config._attn_implementation == NAME
+    assert ours.config._attn_implementation == ATTENTION
     ids = torch.randint(4, 20, (3, 7))
     mask = (torch.arange(7) < torch.tensor([7, 4, 2])[:, None]).long()
     for given in ({}, {"attention_mask": mask}):
@@ -191,7 +193,7 @@ def test_a_saved_configuration_does_not_know_of_it(family, tmp_path):
     use_attention(model)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert NAME not in config.values()
+    assert ATTENTION not in config.values()
     assert AutoModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 

@@ -12,6 +12,7 @@ from distill.errors import RecipeError
 from distill.nn import text_encoder
 from distill.nn.text_encoder import (
     TextEncoder,
+    chunk_count,
     dropout_arguments,
     in_slices,
     keep_layers,
@@ -81,6 +82,61 @@ def test_gradients_are_those_of_one_padded_batch(name, family, texts):
             assert (found[parameter] - gradient).abs().max() < 2e-5 * scale, (parameter, chunk_tokens)
 
 
+def test_learning_in_bf16_gives_nearly_the_gradient_of_float32(family, texts):
+    target = torch.randn(len(texts), 16)
+    gradients = []
+    for bf16 in (False, True):
+        ours = encoder(family("bert"), 16)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            (ours(framed(ours, texts), None, mean) * target).sum().backward()
+        gradients.append({n: p.grad for n, p in ours.backbone.named_parameters() if p.grad is not None})
+    for name, exact in gradients[0].items():
+        if exact.norm() > 1e-3:  # that of a key's bias is zero but for rounding
+            assert torch.cosine_similarity(gradients[1][name].flatten(), exact.flatten(), dim=0) > 0.99, name
+
+
+def test_two_trainings_from_one_seed_are_equal_bit_for_bit(family, texts):
+    """With dropout, and several chunks at a time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for seed in (1, 1, 2):
+            ours = TextEncoder(
+                load_backbone(AutoModel, family("bert")), TextTokenizer.from_pretrained(family("bert")), 8
+            ).train()
+            torch.manual_seed(seed)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                ours(framed(ours, texts), None, mean).square().sum().backward()
+            found.append([p.grad for p in ours.parameters() if p.grad is not None])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True))
+
+
+def test_learning_packed_gives_segments_their_gradient(family):
+    """Segments follow their texts into the chunks."""
+    found = []
+    for chunk_tokens in (8, 100_000):
+        ours = encoder(family("bert"), chunk_tokens)
+        tokenizer = ours.tokenizer
+        ids, types = tokenizer.frame_pairs(
+            tokenizer.ids(["a cat", "query", "the mat"]),
+            tokenizer.ids(["on", "a large model", "mat"]),
+            32,
+            16,
+        )
+        said = ours(ids, types, mean)
+        said.square().sum().backward()
+        found.append((said, ours.backbone.embeddings.token_type_embeddings.weight.grad))
+    plain = encoder(family("bert"))
+    with torch.no_grad():
+        torch.testing.assert_close(found[0][0], plain(ids, types, mean), atol=1e-5, rtol=1e-5)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 def test_segments_reach_the_transformer(family):
     ours = encoder(family("bert"), chunk_tokens=16)
     first, second = ["a cat", "query", "the mat"], ["on the mat", "a large model", "model"]
@@ -109,6 +165,15 @@ def test_cut_makes_chunks_of_few_shapes_within_the_budget(family):
     most = ours.backbone.config.max_position_embeddings
     assert ours.cut(torch.tensor([most - 1]), 8)[0][1] <= most
     assert ours.cut(torch.tensor([], dtype=torch.int64), 10) == []
+
+
+@pytest.mark.parametrize(
+    "ids, threads, count",
+    [(1, 2, 1), (1500, 2, 1), (3000, 2, 2), (4200, 2, 2), (5500, 2, 4), (4200, 1, 2), (20_000, 8, 16)],
+)
+def test_chunks_are_as_many_for_each_stream(ids, threads, count, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert chunk_count(ids, 2048) == count
 
 
 def test_fewer_chunks_run_when_the_budget_is_larger(family, texts):

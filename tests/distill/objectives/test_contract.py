@@ -11,27 +11,51 @@ import torch
 from distill import objectives
 from distill.batch import Batch, Ragged
 from distill.errors import DataError
-from distill.outputs import AXES, Outputs
+from distill.outputs import AXES, OF_TOKENS, Outputs
+from distill.tokens import Tokens
 
 EXPORTED = [getattr(objectives, name) for name in objectives.__all__]
 VARIANTS = [
+    objectives.BinaryCrossEntropy(),
+    objectives.BPR(temperature=0.5, in_batch=True),
+    objectives.Hinge(margin=2.0, hardest=2, in_batch=True, warp=50),
+    objectives.Hinge(margin=3.0, in_batch=True),
+    objectives.AttentionKL(layers="all", heads="mean", first=3),
+    objectives.AttentionKL(student="tokens", temperature=0.5),
+    objectives.AttentionMSE(layers=[[0, 1]], official=True),
     objectives.EmbeddingMatch(fields=["candidates"], distance="mse", projection=True),
     objectives.EmbeddingMatch(fields=["queries", "pair_vectors"], distance="mse"),
     objectives.EmbeddingMatch(fields=["pair_vectors"], projection=True),
     objectives.GeometryAlignment(kernel="softmax", temperature=0.1, teacher_temperature=0.5),
     objectives.GeometryAlignment(terms=["Q|Q"]),
+    objectives.GuidedSoftmax(temperature=1.0, in_batch=False, relative_margin=0.4),
+    objectives.LambdaMRR(groups=[1, 2], temperature=0.5),
     objectives.MarginMSE(pairs="all", scale=2.0),
+    objectives.MarginMSE(in_batch=True),
+    objectives.MarginMSE(pairs="all", in_batch=True),
     objectives.PointwiseScore(loss="bce"),
     objectives.RankNet(temperature=0.5),
     objectives.RankNet(form="probability"),
     objectives.SampledSoftmax(temperature=1.0, in_batch=False),
+    objectives.SampledSoftmax(temperature=1.0, log_q="all"),
+    objectives.SampledSoftmax(temperature=1.0, log_q="negatives", in_batch=False),
+    objectives.SampledSoftmax(temperature=1.0, log_q="refined"),
     objectives.ScoreKL(temperature=0.1, teacher_temperature=2.0),
     objectives.ScoreKL(in_batch=True),
 ]
-for variant in VARIANTS:
-    variant.bind(*[{"queries": 4, "candidates": 4, "pair_vectors": 4}] * 2)
+VARIANTS[0].hear()  # a teacher, instead of the labels
+SIZES = {"queries": 4, "candidates": 4, "pair_vectors": 4, "layers": 2, "heads": 2}
 OBJECTIVES = [cls() for cls in EXPORTED] + VARIANTS
+for objective in OBJECTIVES:
+    objective.bind(SIZES, SIZES)
 B, N, P, D, C = 3, 4, 6, 4, 3
+# what these hear of a teacher, its order or who is above a limit, has no slope
+ORDER_ALONE = (
+    objectives.GuidedSoftmax,
+    objectives.LambdaMRR,
+    objectives.RankNet,
+    objectives.RelativeOrder,
+)
 
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 
@@ -45,6 +69,7 @@ def a_batch() -> Batch:
         candidate_ids=torch.tensor([50, 20, 40, 10, 30, 60]),
         labels=torch.tensor([[1.0, 0, 0, 0], [1.0, 0, 0, 0], [1.0, 0, 0, 0]]),
         draws=torch.tensor([1, 2, 2, 2, 1, 1]),
+        log_q=torch.tensor([0.1, 0.2, 0.2, 0.3, 0.05, 0.15]).log(),
         known_positives=Ragged.of([[50, 70], [20, 60], [40]]),
         source="here",
     )
@@ -64,18 +89,51 @@ def outputs(needs, batch: Batch, seed: int = 0) -> Outputs:
         "joint_candidates": (queries, listed, D),
     }
     random = torch.Generator().manual_seed(seed)
-    return Outputs(**{name: torch.randn(shapes[name], generator=random) for name in sorted(needs.fields)})
+
+    def said(name):
+        if name not in OF_TOKENS:
+            return torch.randn(shapes[name], generator=random)
+        rows = {"query": queries, "candidate": candidates, "pair": queries * listed}[AXES[name]]
+        texts = 2 if AXES[name] == "pair" else 1  # each of three ids
+        places = torch.full((texts, 3, texts), -1)
+        for text in range(texts):
+            places[text, :, text] = torch.arange(3)
+        kind = (len(needs.layers), 2, 2, D) if "attention" in name else (D,)
+        return Tokens(
+            torch.randn(rows * texts * 3, *kind, generator=random),
+            torch.arange(rows + 1) * texts * 3,
+            places.reshape(-1, texts).repeat(rows, 1),
+            tuple(sorted(needs.layers)) if "attention" in name else (),
+        )
+
+    return Outputs(**{name: said(name) for name in sorted(needs.fields)})
+
+
+def changed(said: Outputs, change) -> Outputs:
+    """The same with every tensor of values changed."""
+    return Outputs(
+        **{
+            name: dataclasses.replace(value, values=change(value.values))
+            if isinstance(value, Tokens)
+            else change(value)
+            for name, value in said.given()
+        }
+    )
+
+
+def values_of(said: Outputs):
+    """Each field's name and tensor of values."""
+    return [(name, v.values if isinstance(v, Tokens) else v) for name, v in said.given()]
 
 
 def both(objective, batch: Batch) -> tuple[Outputs, Outputs]:
     """What a student says, with gradient, and what its frozen teacher says."""
     student = outputs(objective.student_needs, batch, seed=1)
-    leaves = {name: value.requires_grad_() for name, value in student.given()}
-    return Outputs(**leaves), outputs(objective.teacher_needs, batch, seed=2)
+    return changed(student, torch.Tensor.requires_grad_), outputs(objective.teacher_needs, batch, seed=2)
 
 
 def test_there_are_objectives_to_test():
-    assert len(EXPORTED) == 9
+    assert len(EXPORTED) == 18
     assert all(issubclass(cls, objectives.Objective) for cls in EXPORTED)
     assert {type(variant) for variant in VARIANTS} <= set(EXPORTED)
 
@@ -95,9 +153,9 @@ def test_every_needed_field_of_the_student_gets_a_gradient_and_a_frozen_teacher_
     student, teacher = both(objective, batch)
     objective(student, teacher, batch).loss.sum().backward()
     assert objective.student_needs
-    for name, value in student.given():
+    for name, value in values_of(student):
         assert value.grad is not None and value.grad.isfinite().all() and value.grad.any(), name
-    assert all(value.grad is None for _, value in teacher.given())
+    assert all(value.grad is None for _, value in values_of(teacher))
 
 
 @every_objective
@@ -105,10 +163,10 @@ def test_gradients_reach_a_teacher_that_is_not_frozen(objective):
     """An arrow may leave its tail attached (a symmetric loss): cutting it is the graph's business."""
     batch = a_batch()
     student, teacher = both(objective, batch)
-    attached = Outputs(**{name: value.requires_grad_() for name, value in teacher.given()})
+    attached = changed(teacher, torch.Tensor.requires_grad_)
     objective(student, attached, batch).loss.sum().backward()
-    if not isinstance(objective, objectives.RankNet):  # the order of the teacher has no slope
-        assert all(value.grad is not None and value.grad.any() for _, value in attached.given())
+    if not isinstance(objective, ORDER_ALONE):
+        assert all(value.grad is not None and value.grad.any() for _, value in values_of(attached))
 
 
 @every_objective
@@ -130,17 +188,21 @@ def test_a_padded_candidate_changes_nothing(objective, extreme):
     )
     pairs = {name for name, axis in AXES.items() if axis == "pair"}
 
-    def with_padding(said: Outputs) -> Outputs:
-        return said.with_(**{name: widen(value, extreme) for name, value in said.given() if name in pairs})
+    def wider(value):
+        if isinstance(value, Tokens):
+            places = torch.arange(padded.mask.numel()).view(padded.mask.shape)[:, :-1].flatten()
+            return value.among(places, padded.mask.numel())
+        return widen(value, extreme)
 
-    student = with_padding(student)
-    for name, value in student.given():
-        student = student.with_(**{name: value.detach().requires_grad_()})
+    def with_padding(said: Outputs) -> Outputs:
+        return said.with_(**{name: wider(value) for name, value in said.given() if name in pairs})
+
+    student = changed(with_padding(student), lambda value: value.detach().requires_grad_())
     loss, count = objective(student, with_padding(teacher), padded)
     torch.testing.assert_close(loss, expected.loss)
     torch.testing.assert_close(count, expected.count)
     loss.sum().backward()
-    for name, value in student.given():
+    for name, value in values_of(student):
         assert value.grad.isfinite().all(), name
         if name in pairs:
             assert not value.grad[:, -1].any(), name
@@ -154,15 +216,15 @@ def test_rows_that_count_nothing_lose_exactly_nothing(objective):
     loss, count = objective(student, teacher, batch)
     loss.sum().backward()
     assert (loss[count == 0] == 0).all()
-    assert all(value.grad.isfinite().all() for _, value in student.given())
+    assert all(value.grad.isfinite().all() for _, value in values_of(student))
     if not {"queries", "candidates", "in_batch"} & objective.student_needs.fields or objective.labelled:
         assert (count == 0).all()
-        assert not any(value.grad.any() for _, value in student.given())
+        assert not any(value.grad.any() for _, value in values_of(student))
 
 
 @every_objective
 def test_a_single_candidate_alone_makes_no_list(objective):
-    batch = Batch.of_scores(2, 1)
+    batch = dataclasses.replace(Batch.of_scores(2, 1), log_q=torch.tensor([-1.0, -2.0]))
     loss, count = objective(*both(objective, batch), batch)
     assert (loss[count == 0] == 0).all()
 
@@ -177,13 +239,14 @@ def test_a_batch_may_be_empty(objective, sizes):
         query_ids=torch.arange(queries),
         candidate_ids=torch.arange(candidates),
         labels=torch.zeros(queries, listed),
+        log_q=-torch.ones(candidates),
         known_positives=Ragged.of([[0]] * queries),
     )
     student, teacher = both(objective, batch)
     loss, count = objective(student, teacher, batch)
     loss.sum().backward()
     assert loss.shape == count.shape and loss.isfinite().all()
-    assert all(value.grad.isfinite().all() for _, value in student.given())
+    assert all(value.grad.isfinite().all() for _, value in values_of(student))
 
 
 @every_objective
@@ -193,7 +256,7 @@ def test_half_precision_is_computed_in_float32(objective, dtype):
     student, teacher = both(objective, batch)
 
     def cast(said: Outputs, dtype: torch.dtype) -> Outputs:
-        return Outputs(**{name: value.detach().to(dtype) for name, value in said.given()})
+        return changed(said, lambda value: value.detach().to(dtype))
 
     halves = cast(student, dtype), cast(teacher, dtype)
     expected = objective(*(cast(half, torch.float32) for half in halves), batch).loss
@@ -209,8 +272,9 @@ def test_a_teacher_of_another_shape_is_refused(objective):
     batch = a_batch()
     student, teacher = both(objective, batch)
     for name, value in teacher.given():
+        fewer = value.rows(slice(0, 2)) if isinstance(value, Tokens) else value[:, :1]
         with pytest.raises(ValueError, match=r"[Ss]hapes must match"):
-            objective(student, teacher.with_(**{name: value[:, :1]}), batch)
+            objective(student, teacher.with_(**{name: fewer}), batch)
     for name, value in student.given():
         if name in ("scores", "in_batch"):
             with pytest.raises(ValueError, match=r"[Ss]hapes must match"):

@@ -107,7 +107,7 @@ def test_refuses_sizes_that_cannot_be_compared():
 @pytest.mark.parametrize("fields", ["queries", [], ["queries", "scores"]])
 def test_refuses_fields_that_hold_no_vectors(fields):
     with pytest.raises(
-        ValueError, match="fields must be a list of queries, candidates, pair_vectors, or some"
+        ValueError, match="fields must be a list of some of queries, candidates, pair_vectors"
     ):
         EmbeddingMatch(fields)
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.batch import Batch
+from distill.batch import Batch, Ragged
 from distill.objectives import MarginMSE
 from distill.outputs import Outputs
 
@@ -79,3 +79,28 @@ def test_refuses_what_would_train_something_else():
         MarginMSE(pairs="every")
     with pytest.raises(ValueError, match="scale must be positive"):
         MarginMSE(scale=0.0)
+
+
+def test_in_batch_sets_each_positive_against_the_whole_batch():
+    """TAS-Balanced's second term: not only against the listed, but never against a known positive."""
+    batch = Batch(
+        index=torch.tensor([[2, 0], [1, 3]]),
+        mask=torch.ones(2, 2, dtype=torch.bool),
+        query_ids=torch.arange(2),
+        candidate_ids=torch.tensor([9, 8, 7, 6, 5]),  # nobody lists the last
+        labels=torch.tensor([[1.0, 0.0], [1.0, 1.0]]),
+        known_positives=Ragged.of([[7, 8], [8, 6]]),
+    )
+    student, teacher = np.random.default_rng(0).normal(size=(2, 2, 5)).astype(np.float32)
+    objective = MarginMSE(in_batch=True, scale=2.0)
+    said = Outputs(in_batch=torch.from_numpy(student)), Outputs(in_batch=torch.from_numpy(teacher))
+    loss, count = objective(*said, batch)
+    off = 2 * student - teacher
+    expected = [
+        np.mean([(off[b, i] - off[b, j]) ** 2 for i in positives for j in negatives])
+        for b, (positives, negatives) in enumerate([([2], [0, 3, 4]), ([1, 3], [0, 2, 4])])
+    ]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-5) and count.tolist() == [1, 1]
+    assert objective.across and objective.labelled and objective.teacher_needs.fields == {"in_batch"}
+    every, count = MarginMSE(pairs="all", in_batch=True, scale=2.0)(*said, batch)
+    assert every.tolist() == pytest.approx([((row[:, None] - row) ** 2).mean() for row in off], rel=1e-5)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from distill.batch import Batch, Ragged
+from distill.errors import DataError
 from distill.objectives import SampledSoftmax
 from distill.outputs import Outputs
 
@@ -146,3 +147,89 @@ def test_refuses_a_temperature_that_divides_by_nothing(temperature):
     """A negative one would rank positives last, with a loss that falls as it should."""
     with pytest.raises(ValueError, match="temperature must be positive"):
         SampledSoftmax(temperature)
+
+
+def corrected(log_q, batch=None, scores=((2.0, 1.0, 0.5),), q=(0.5, 0.4, 0.1), in_batch=True):
+    """One query, its positive first, of three candidates sampled with the probabilities q."""
+    if batch is None:
+        batch = Batch(
+            index=torch.tensor([[0, 1, 2]]),
+            mask=torch.ones(1, 3, dtype=torch.bool),
+            query_ids=torch.arange(1),
+            candidate_ids=torch.arange(3),
+            labels=torch.tensor([[1.0, 0.0, 0.0]]),
+        )
+    batch = dataclasses.replace(batch, log_q=torch.tensor(q).log())
+    scores = torch.as_tensor(scores)
+    student = Outputs(in_batch=scores) if in_batch else Outputs(scores=scores)
+    return SampledSoftmax(1.0, in_batch, log_q=log_q)(student, None, batch).loss
+
+
+CORRECTED = {"none": 0.464369, "all": 0.946044, "negatives": 1.423349, "refined": 0.200302}
+
+
+@pytest.mark.parametrize("over_batch", [True, False])
+@pytest.mark.parametrize(("log_q", "expected"), CORRECTED.items())
+def test_the_sampling_probability_is_taken_out_in_one_of_three_ways(log_q, expected, over_batch):
+    assert corrected(log_q, in_batch=over_batch).item() == pytest.approx(expected, abs=2e-6)
+
+
+def test_the_correction_comes_after_the_temperature():
+    """Cosines 1, 0.5, 0.25 at 0.5: dividing log q by the temperature too would make it 1.967541."""
+    batch = dataclasses.replace(
+        Batch.of_scores(1, 3), log_q=torch.tensor([0.5, 0.4, 0.1]).log(), index=torch.tensor([[0, 1, 2]])
+    )
+    loss = SampledSoftmax(0.5, log_q="all")(
+        Outputs(in_batch=torch.tensor([[1.0, 0.5, 0.25]])), None, batch
+    ).loss
+    assert loss.item() == pytest.approx(0.946044, abs=2e-6)
+
+
+def test_the_refined_weight_passes_no_gradient():
+    scores = torch.tensor([[2.0, 1.0, 0.5]], requires_grad=True)
+    corrected("refined", scores=scores).backward()
+    assert scores.grad[0, 0].item() == pytest.approx(-0.440638, abs=2e-6)
+
+
+@pytest.mark.parametrize("log_q", CORRECTED)
+def test_a_candidate_drawn_twice_counts_as_its_copies_would_under_a_correction(log_q):
+    def of(candidates, draws):
+        return Batch(
+            index=torch.tensor([[0]]),
+            mask=torch.ones(1, 1, dtype=torch.bool),
+            query_ids=torch.arange(1),
+            candidate_ids=torch.arange(candidates),
+            labels=torch.ones(1, 1),
+            draws=draws,
+        )
+
+    once = corrected(log_q, of(3, torch.tensor([1, 2, 1])))
+    copied = corrected(log_q, of(4, None), [[2.0, 1.0, 1.0, 0.5]], (0.5, 0.4, 0.4, 0.1))
+    torch.testing.assert_close(once, copied)
+
+
+def test_a_known_positive_is_no_negative_under_a_correction_either():
+    batch = Batch(
+        index=torch.tensor([[0]]),
+        mask=torch.ones(1, 1, dtype=torch.bool),
+        query_ids=torch.arange(1),
+        candidate_ids=torch.tensor([5, 6, 7, 8]),
+        labels=torch.ones(1, 1),
+        known_positives=Ragged.of([[5, 8]]),
+    )
+    loss = corrected("refined", batch, [[2.0, 1.0, 0.5, 9.0]], (0.5, 0.4, 0.1, 0.2))
+    assert loss.item() == pytest.approx(CORRECTED["refined"], abs=2e-6)
+
+
+@pytest.mark.parametrize("log_q", ["all", "negatives", "refined"])
+def test_a_correction_needs_a_probability_of_every_candidate(log_q):
+    with pytest.raises(DataError, match="data set '' does not say how likely"):
+        SampledSoftmax(log_q=log_q)(Outputs(in_batch=torch.zeros(2, 2)), None, pairs(2))
+    for wrong in (0.0, 1.5, float("nan")):
+        with pytest.raises(DataError, match="the sampling probability of candidate 1 "):
+            corrected(log_q, q=(0.5, wrong, 0.1))
+
+
+def test_refuses_a_correction_it_does_not_know():
+    with pytest.raises(ValueError, match="log_q must be one of none, all, negatives, refined; got 'yi'"):
+        SampledSoftmax(log_q="yi")
