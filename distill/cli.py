@@ -425,8 +425,11 @@ def _encoder(name: str, runs: Path) -> Any:
     from distill.open import open_model
 
     model = open_model(name, runs)
-    if not isinstance(model, Encoder):
-        raise UserError(f"{name} reads query and candidate together, so it cannot be indexed or searched.")
+    if not isinstance(model, Encoder) or model.search == "own":
+        raise UserError(
+            f"{name} ({type(model).__name__}) compares query and candidate by more than a product of "
+            f"vectors, so it cannot be indexed or searched."
+        )
     return model
 
 

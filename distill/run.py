@@ -32,6 +32,7 @@ from distill.evaluation.significance import CONFIDENCE, compare
 from distill.graph import DistillationGraph
 from distill.hub.card import Kind, model_card
 from distill.hub.files import atomic_write_text
+from distill.hub.own import opens
 from distill.lock import LOCK, only_run_in
 from distill.measure import entry_of, measure, why_not
 from distill.model import Encoder, Model
@@ -233,7 +234,7 @@ class _Run:
         student = graph.nodes[recipe.keep]
         evaluations = {recipe.keep: self._evaluate(recipe.keep, student)}
         for name in graph.nodes if recipe.evaluate.teachers and self.measured is not None else ():
-            if problem := why_not(graph.nodes[name], self._judged(), student):
+            if problem := why_not(graph.nodes[name], self._judged(), student, recipe.evaluate.metrics):
                 log.info("%s is not measured: %s", name, problem)
             elif name != recipe.keep:
                 evaluations[name] = self._evaluate(name, graph.nodes[name], student)
@@ -375,7 +376,7 @@ class _Run:
         base = recipe.models[recipe.keep].get("checkpoint")
         return model_card(
             recipe.name,
-            _kind_of(model),
+            "own" if opens(self.folder / recipe.keep) is not None else _kind_of(model),
             recipe.model_dump(mode="json"),
             recipe.keep,
             {name: entry["metrics"] for name, entry in measures.items() if "metrics" in entry},

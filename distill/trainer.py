@@ -157,7 +157,7 @@ class Trainer:
             for name, loss in losses.items():
                 said[name] = loss
             p.step += 1
-            shown.update(p.step, losses)
+            shown.update(p.step, {name: loss for name, loss in losses.items() if "/" not in name})
             if p.step % self.settings.log_every == 0 or p.step == p.steps:
                 speed = tokens / (time.monotonic() - since)
                 self._record({**self._losses(said), "grad_norm": norm, "tokens_per_second": round(speed)})
@@ -177,7 +177,7 @@ class Trainer:
                 raise KeyboardInterrupt(f"stopped after step {p.step} of {p.steps}; a checkpoint is saved")
 
     def _step(self) -> tuple[dict[str, Tensor], float, int]:
-        """One optimiser step: each arrow's mean loss, the norm of the gradient, and the ids read."""
+        """One optimiser step: the mean loss of each arrow and part, the gradient's norm, and the ids read."""
         p = self.progress
         done = p.step / p.steps
         batches = [
@@ -199,6 +199,9 @@ class Trainer:
                         self._diverged(f"the loss of losses.{name} became {mean.item()}", p.step + 1)
                     )
                 means[name] = means.get(name, 0) + mean.detach()
+                for part, value in loss.parts.items():  # no arrow's own name holds a slash
+                    share = value.detach().sum() / divisors[name].clamp(min=1)
+                    means[f"{name}/{part}"] = means.get(f"{name}/{part}", 0) + share
                 total = total + weights[name] * mean
             if isinstance(total, Tensor) and total.requires_grad:
                 self.accelerator.backward(total / world())  # each process has the whole loss
@@ -337,7 +340,7 @@ class Trainer:
     def _losses(self, said: Mapping[str, Tensor]) -> dict[str, float]:
         done = (self.progress.step - 1) / self.progress.steps
         names = {arrow.name: arrow.weight_at(done) for arrow in self.graph.arrows if arrow.name in said}
-        losses = {f"loss/{name}": said[name].item() for name in names}
+        losses = {f"loss/{name}": loss.item() for name, loss in said.items()}
         total = sum(weight * losses[f"loss/{name}"] for name, weight in names.items())
         return {"loss": total, **losses, **{f"weight/{name}": weight for name, weight in names.items()}}
 

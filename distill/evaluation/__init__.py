@@ -1,7 +1,7 @@
 """What a model is worth: metrics, search, fidelity to its teacher, cost, and whether a gain is luck."""
 
 from distill.evaluation.cost import queries_per_second, size_in_mb
-from distill.evaluation.evaluate import Evaluation, check_measurable, evaluate_model
+from distill.evaluation.evaluate import Evaluation, check_measurable, evaluate_model, tells_classes
 from distill.evaluation.fidelity import fidelity
 from distill.evaluation.metrics import (
     Catalogue,
@@ -13,7 +13,7 @@ from distill.evaluation.metrics import (
     parse_metric,
     ranking,
 )
-from distill.evaluation.pair_metrics import fit_threshold, pairs
+from distill.evaluation.pair_metrics import classified, fit_threshold, pairs
 from distill.evaluation.references import REFERENCES, evaluate_reference
 from distill.evaluation.scoring import PairScorer, score_listed
 from distill.evaluation.search import search, top
@@ -29,6 +29,7 @@ __all__ = [
     "RankingResult",
     "Run",
     "check_measurable",
+    "classified",
     "compare",
     "detectable",
     "evaluate_model",
@@ -46,5 +47,6 @@ __all__ = [
     "score_listed",
     "search",
     "size_in_mb",
+    "tells_classes",
     "top",
 ]
