@@ -24,8 +24,6 @@ import argparse
 import importlib.util
 import json
 import math
-import platform
-import resource
 import subprocess
 import sys
 import time
@@ -44,6 +42,7 @@ from distill.batch import Ragged
 from distill.data import Judged
 from distill.evaluation import evaluate_model
 from distill.evaluation.references import Rows
+from distill.progress import peak_memory
 
 METRICS = ["HitRate@10", "nDCG@10", "Recall@100", "MRR@100"]
 DEPTH = 100
@@ -142,8 +141,7 @@ def rechub(model: Vectors, judged: Judged) -> tuple[float, dict[str, float]]:
 
 def peak_gb() -> float:
     """The most memory this process held at any time: its resident set, in GB."""
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return (peak_memory() or 0) / 1e3
 
 
 def large(users: int, items: int, dim: int) -> dict[str, Any]:

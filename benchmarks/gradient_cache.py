@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -86,8 +85,10 @@ def one_step(model: str, queries: int, rows: int | None) -> dict[str, Any]:
 
 
 def peak_gb() -> float:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+    """The most memory this process held at any time: its resident set, in GB."""
+    from distill.progress import peak_memory
+
+    return (peak_memory() or 0) / 1e3
 
 
 def measured(model: str, queries: int, rows: int | None) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import resource
 import sys
 import tempfile
 import time
@@ -32,6 +30,7 @@ from distill.data import Judged, NearestNegatives, TextTable  # noqa: E402
 from distill.graph import DistillationGraph  # noqa: E402
 from distill.model import Encoder  # noqa: E402
 from distill.outputs import Needs, Outputs  # noqa: E402
+from distill.progress import peak_memory
 
 BOUND = 4.0  # GB
 
@@ -83,8 +82,7 @@ def generated(rows: int, queries: int) -> Judged:
 
 def peak_gb() -> float:
     """The most memory this process held at any time: its resident set, in GB."""
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return (peak_memory() or 0) / 1e3
 
 
 def recall(encoder: Generated, judged: Judged, sampler: NearestNegatives, some: int = 20) -> float:

@@ -81,7 +81,7 @@ def test_training(tiny_bert, data, tmp_path):
     assert (sides["peer"]["precision"], sides["peer_bf16"]["precision"]) == ("no", "bf16")
     assert sides["ours_float32"]["precision"] == "no"
     for side in sides.values():
-        assert len(side["loss"]) == 3 and side["seconds_including_setup"] > side["seconds"][0]
+        assert len(side["loss"]) == 5 and side["seconds_including_setup"] > side["seconds"][0]
         assert result["tokens"] == pytest.approx(side["tokens_per_second"] * side["seconds"][0], rel=1e-2)
     curves = result["curves"]
     assert len(curves["peer"]) == 3

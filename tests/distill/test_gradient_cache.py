@@ -27,7 +27,7 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(name, rows):
     assert_same(step(name, rows), whole, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "features"])  # which has none
 def test_dropout_is_the_same_in_both_passes(name, monkeypatch):
     """Beside pieces whose activations are all kept, from the same random state."""
     cached, without = step(name, 3, dropout=0.4), step(name, 3)

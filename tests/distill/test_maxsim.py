@@ -87,14 +87,15 @@ def test_a_thousand_candidates_of_a_query_fit_into_a_gigabyte():
         "import resource, torch\n"
         "from distill.batch import Ragged\n"
         "from distill.maxsim import maxsim_pairs\n"
+        "from distill.progress import peak_memory\n"
         "def rows(n, length):\n"
         "    values = torch.randn(n * length, 128).requires_grad_()\n"
         "    return Ragged.of_lengths(values, torch.full((n,), length))\n"
         "queries, candidates = rows(1, 32), rows(1000, 180)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak_memory()\n"
         "maxsim_pairs(queries, candidates, torch.zeros(1000, dtype=torch.int64), torch.arange(1000))"
         ".sum().backward()\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
+        "print(peak_memory() - before)\n"
     )
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert float(said.stdout) < 600  # MB
+    assert 100 < float(said.stdout) < 600  # MB; the vectors alone are 92

@@ -24,7 +24,7 @@ class Place(Encoder):
 
     def __init__(self):
         super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.size = torch.nn.Parameter(torch.ones(1))
         self.encoded = 0
 
     def encode_queries(self, queries, progress=False):
