@@ -4,11 +4,11 @@
 
 Both sides read the same parquet file of users, items and times, put it in order, leave each user's last two
 out, learn the ids of what is left, encode all rows, and find every row's history: the last 50 of its user
-that are strictly earlier. Ours is ``distill.data.Interactions``; the peer is the same in pandas, without a
-loop over rows. Each run is a process of its own, the sides take turns, and ``peak_gb`` is the most memory
-that process held. The last line is a JSON object: ``ratio`` is how many times as many rows per second ours
-prepares at the largest size, ``memory_ratio`` the peer's memory over ours, ``bytes_per_row`` the growth
-between the smallest and the largest size.
+that are strictly earlier, and what each user saw before the test. Ours is ``distill.data.Interactions``; the
+peer is the same in pandas, without a loop over rows. Each run is a process of its own, the sides take turns,
+and ``peak_gb`` is the most memory that process held. The last line is a JSON object: ``ratio`` is how many
+times as many rows per second ours prepares at the largest size, ``memory_ratio`` the peer's memory over ours,
+``bytes_per_row`` the growth between the smallest and the largest size.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def ours(path: Path) -> dict[str, int]:
         "test": len(test.queries),
         "items": data.features.size("item_id") - 2,
         "history": int(lengths.sum()),
+        "seen": len(test.seen.values) if test.seen is not None else 0,
     }
 
 
@@ -93,11 +94,14 @@ def pandas(path: Path) -> dict[str, int]:
     lengths = earlier.clip(upper=HISTORY)
     starts = rows.index.to_series() - place + earlier - lengths
     assert len(starts) == len(rows)
+    target = rows["item_id"].where(test).groupby(rows["user_id"], sort=False).transform("max")
+    seen = rows.loc[~test & (rows["item_id"] != target), ["user_id", "item_id"]].drop_duplicates()
     return {
         "train": int(train.sum()),
         "test": int(test.sum()),
         "items": len(items),
         "history": int(lengths[train].sum()),
+        "seen": len(seen),
     }
 
 

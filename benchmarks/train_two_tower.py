@@ -3,9 +3,10 @@
     python benchmarks/train_two_tower.py --peer FOLDER --output train_two_tower.cpu.json
 
 Both train DSSM on MovieLens 1M, point-wise: five user fields and a history of 50 films in one tower, the
-film's id in the other, layers of 256, 128 and 64, tables 16 wide, batches of 4,096 rows (a user at a moment, a
-film, a label), one positive and 3 uniform negatives per user. The rows are the same (a drawn film that the user
-has rated is left out, so ours has a few less in a batch); the peer's own loader shuffles them. Speed is rows per second of training steps, loading included; the first steps warm up and are not counted.
+film's id in the other, layers of 256, 128 and 64, tables 16 wide, batches of 4,096 rows (a user at a moment,
+a film, a label), one positive and 3 uniform negatives per user. The rows are the same (a drawn film that the
+user has rated is left out, so ours has a few less in a batch); the peer's own loader shuffles them. Speed is
+rows per second of training steps, loading included; the first steps warm up and are not counted.
 The peer's loader is measured with and without worker processes, and ``ratio`` is ours over the faster.
 
 ``ours_large`` hashes the user's id into 2 million rows: the step's cost must not grow with the table. The

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from distill.console import markdown_table, one_line, print_table, quiet_libraries, reported, say
-from distill.errors import DataError, UserError
+from distill.errors import DataError, RunError, UserError
 
 app = typer.Typer(
     help="From powerful models to small ones, for search and recommendation, by recipe.",
@@ -73,16 +73,28 @@ def run(
 def check(
     recipe: RecipeName,
     overrides: Overrides = None,
+    sample: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Ask frozen teachers about the lists of so many queries of train and of dev, and say how "
+            "healthy they are; what they answer is kept. 0: ask nothing.",
+        ),
+    ] = 64,
     trust: Trust = None,
     runs: RunsFolder = RUNS,
     debug: Debug = False,
 ) -> None:
-    """Find all mistakes of a recipe without training, and say what its run will cost."""
+    """Find all mistakes of a recipe or a study without training, and say what it will cost."""
     with reported(debug):
         from distill.run import Runs
+        from distill.study import is_study
 
         quiet_libraries()
         all_runs = Runs(runs, trust or ())
+        if is_study(recipe):
+            _check_study(recipe, overrides or (), all_runs)
+            return
         plan = all_runs.check(all_runs.load(recipe, overrides or ()))
         splits = [(name, split, *map(str, sizes.values())) for name, split, sizes in plan.splits()]
         sizes = next(plan.splits(), ("", "", {}))[2]
@@ -97,6 +109,50 @@ def check(
         told = [f"{side} {', '.join(keys)}" for side, keys in sides if keys]
         print(f"columns: {'; '.join(told) or 'none'}")
         print("\n".join([plan.training(), *plan.costs(all_runs.judged(plan))]))
+        if sample:
+            _checkup(*all_runs.checkup(plan, sample))
+
+
+@app.command()
+def ablate(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A name of ours, or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Keys of the study, such as seeds=[1]; of all recipes: set.train.epochs=3.",
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="How many trainings at a time.")] = 1,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=0, help="GB for all jobs together; without it, what is free.", show_default=False),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace runs of variants that have changed.")
+    ] = False,
+    trust: Trust = None,
+    runs: RunsFolder = RUNS,
+    debug: Debug = False,
+) -> None:
+    """Train variants of a recipe over seeds, and compare them with paired tests; goes on where it stopped."""
+    with reported(debug):
+        from distill.ablate import Ablation
+        from distill.processes import is_first
+        from distill.run import Runs
+        from distill.study_table import lines, table
+
+        quiet_libraries()
+        all_runs = Runs(runs, trust or (), overwrite)
+        ablation = Ablation(all_runs, all_runs.load_study(study, overrides or ()), jobs, memory)
+        results = ablation.run()
+        if is_first():
+            print_table(*table(results), text_columns=2 + (len(results["data"]) > 1))
+            print("\n".join([*lines(results), f"study folder: {ablation.folder}"]))
+        if ablation.failed:
+            raise RunError(
+                f"{len(ablation.failed)} trainings failed, see above; the same command tries them again."
+            )
 
 
 @app.command()
@@ -139,7 +195,7 @@ def score(
 @app.command("list")
 def list_(
     kind: Annotated[
-        Literal["recipes", "objectives", "models", "data", "metrics", "runs"] | None,
+        Literal["recipes", "studies", "objectives", "models", "data", "metrics", "runs"] | None,
         typer.Argument(help="What to list; without it, everything.", show_default=False),
     ] = None,
     runs: RunsFolder = RUNS,
@@ -256,6 +312,39 @@ def search(
         _answer(_index_folder(folder, runs), asked, k, model, runs)
 
 
+def _checkup(patients: Sequence[Any], warnings: Sequence[str]) -> None:
+    """The health of teachers: their figures, then what is wrong, in words."""
+    from distill.checkup import HEADER
+
+    if patients:
+        print_table(HEADER, [patient.row() for patient in patients], text_columns=3)
+    for line in warnings:
+        print(f"warning: {line}")
+
+
+def _check_study(spec: str, overrides: Sequence[str], runs: Any) -> None:
+    """What the variants of a study do, and how much of it is done."""
+    from distill.ablate import Ablation
+
+    study = runs.load_study(spec, overrides)
+    cells, plans = Ablation(runs, study).check()
+    several = len({plan.data for plan in plans}) > 1
+    header = ["variant", "compared with", "losses", "frozen teachers", "hears", "steps"]
+    rows = []
+    for plan in plans:
+        words = map(", ".join, (plan.losses, plan.teachers, plan.hears))
+        rows.append([plan.variant, plan.against or "", *words, f"{plan.steps:,}"])
+    if several:
+        header, rows = ["data", *header], [[plan.data, *row] for plan, row in zip(plans, rows, strict=True)]
+    print_table(header, rows, text_columns=len(header) - 1)
+    finished = sum(runs.is_finished(cell.recipe) for cell in cells)
+    print(f"{len(cells)} trainings, seeds {', '.join(map(str, study.seeds))}; {finished} are finished")
+    costs = dict.fromkeys(
+        f"{plan.data}: {line}" if several else line for plan in plans for line in plan.costs
+    )
+    print("\n".join(costs))
+
+
 def _prune(scoring: Any, yes: bool) -> None:
     """Show what the store holds of the recipe's teachers under other settings, ask, and remove it."""
     from distill.store_files import remove
@@ -336,8 +425,11 @@ def _encoder(name: str, runs: Path) -> Any:
     from distill.open import open_model
 
     model = open_model(name, runs)
-    if not isinstance(model, Encoder):
-        raise UserError(f"{name} reads query and candidate together, so it cannot be indexed or searched.")
+    if not isinstance(model, Encoder) or model.search == "own":
+        raise UserError(
+            f"{name} ({type(model).__name__}) compares query and candidate by more than a product of "
+            f"vectors, so it cannot be indexed or searched."
+        )
     return model
 
 

@@ -35,7 +35,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_colum
     _console().print(table)
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     """The same table in Markdown.
 
     >>> print(markdown_table(["model", "nDCG@10"], [["student", "0.4213"]]))
@@ -43,7 +43,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     |:--|--:|
     | student | 0.4213 |
     """
-    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    lines = [header, [*[":--"] * text_columns, *["--:"] * (len(header) - text_columns)], *rows]
     cells = (["" if cell is None else str(cell).replace("|", "\\|") for cell in line] for line in lines)
     texts = [f"| {' | '.join(line)} |" for line in cells]
     texts[1] = texts[1].replace(" ", "")

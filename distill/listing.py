@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from distill.hub.files import read_json
-from distill.recipe import recipe_names
+from distill.recipe import find_recipe, recipe_names, study_names
 from distill.results import NOTHING
 
-KINDS = ("recipes", "objectives", "models", "data", "metrics", "runs")
+KINDS = ("recipes", "studies", "objectives", "models", "data", "metrics", "runs")
 # Packages are named as text, as a recipe does: the framework imports neither teachers nor students.
 PACKAGES = {
     "objectives": ("distill.objectives",),
@@ -43,8 +43,8 @@ METRICS = {
 
 def listed(kind: str, runs: Path) -> Iterator[tuple[str, str]]:
     """Name and one line about it, of everything of a kind."""
-    if kind == "recipes":
-        yield from _recipes()
+    if kind in ("recipes", "studies"):
+        yield from _recipes(recipe_names() if kind == "recipes" else study_names())
     elif kind == "metrics":
         yield from METRICS.items()
     elif kind == "runs":
@@ -54,10 +54,8 @@ def listed(kind: str, runs: Path) -> Iterator[tuple[str, str]]:
             yield from _classes(package, kind)
 
 
-def _recipes() -> Iterator[tuple[str, str]]:
-    from distill.recipe import find_recipe
-
-    for name in recipe_names():
+def _recipes(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
         first = find_recipe(name).read_text(encoding="utf-8").partition("\n")[0]
         yield name, first.lstrip("# ") if first.startswith("#") else ""
 

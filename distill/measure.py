@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 
 from distill.data.judged import Judged, TextTable
 from distill.errors import RecipeError
-from distill.evaluation import Evaluation, evaluate_model, queries_per_second, size_in_mb
+from distill.evaluation import Evaluation, evaluate_model, queries_per_second, size_in_mb, tells_classes
 from distill.evaluation.scoring import can_search, pair_columns
 from distill.model import Encoder, Model
 from distill.settings import EvaluateSettings
@@ -18,19 +19,23 @@ TIMED = 512  # queries whose encoding is timed
 
 def can_be_measured(model: Model) -> bool:
     """Whether it can search, or at least put candidates in order, by what it knows when it serves."""
-    scorer = hasattr(model, "score_pairs") and "scores" in model.provides
+    scorer = hasattr(model, "score_pairs") and bool(model.provides & {"scores", "classes"})
     return model.measurable and (isinstance(model, Encoder) or scorer)
 
 
-def why_not(model: Model, judged: Judged, first: Model | None = None) -> str:
+def why_not(model: Model, judged: Judged, first: Model | None = None, metrics: Sequence[str] = ()) -> str:
     """Why a model cannot be measured on a split, in words that begin with the model's class; "" if it can.
 
     ``first`` finds the candidates that a model re-ranks which cannot search; None: BM25, which reads texts.
+    ``metrics`` are what is to be measured.
     """
-    kind = type(model).__name__
-    if not can_be_measured(model):
-        known = ", ".join(sorted(model.provides))
+    kind, known = type(model).__name__, ", ".join(sorted(model.provides))
+    several = tells_classes(judged, metrics)
+    by_classes = not isinstance(model, Encoder) and "scores" not in model.provides
+    if not can_be_measured(model) or (by_classes and not several):
         return f"a {kind} provides only {known}, from which nothing can be ranked"
+    if several and not by_classes:
+        return f"a {kind} gives a score, and the labels are of more than two classes"
     if can_search(model) or judged.task != "retrieval":
         return ""
     if columns := pair_columns(model):
@@ -55,7 +60,7 @@ def measure(
         dev: Gives the thresholds.
         first: Finds, where these are no texts, the candidates that a model re-ranks which cannot search.
     """
-    if problem := why_not(model, judged, first):
+    if problem := why_not(model, judged, first, settings.metrics):
         raise RecipeError(f"{problem}; measure it on listed candidates.")
     texts = isinstance(judged.queries, TextTable)
     return evaluate_model(

@@ -101,7 +101,9 @@ class Model(nn.Module, ABC):
 class Encoder(Model):
     """A model whose candidates are encoded once, and searched in an index."""
 
-    search: ClassVar[str] = "dot"  # how its vectors are compared: "dot", or "maxsim" of token vectors
+    # How its vectors are compared: "dot"; "maxsim" of token vectors; "own": by its `score_encoded` alone, so
+    # that it puts candidates in order and no index searches by them.
+    search: ClassVar[str] = "dot"
 
     @property
     @abstractmethod

@@ -12,6 +12,7 @@ from distill.hub.feature_models import saved_type
 from distill.hub.files import read_json
 from distill.hub.layouts import SETTINGS
 from distill.hub.multi_vector import is_multi_vector
+from distill.hub.own import opens
 from distill.model import Model
 
 # Named as text, as a recipe does: the framework imports neither package.
@@ -45,16 +46,18 @@ def model_folder(spec: str | Path, runs: str | Path = "runs") -> Path:
 def class_of(folder: Path) -> str:
     """Which class opens a model folder.
 
-    A model over features, or built from other models, says so itself. An encoder of a vector per token (a
-    MultiVectorEncoder of sentence-transformers, a ColBERT) is a ColBERT, a classifier (an architecture
-    ``...ForSequenceClassification``, or a CrossEncoder of sentence-transformers) is a cross-encoder, all else
-    an encoder.
+    A model over features, or built from other models, or that opens here only, says so itself. An encoder
+    of a vector per token (a MultiVectorEncoder of sentence-transformers, a ColBERT) is a ColBERT, a
+    classifier (an architecture ``...ForSequenceClassification``, or a CrossEncoder of sentence-transformers)
+    is a cross-encoder, all else an encoder.
     """
     if (saved := saved_type(read_json(folder / "config.json", {}))) is not None:
         if saved not in OVER_FEATURES:
             raise UserError(f"{folder} holds a {saved}, and this version of Distill opens none.")
         return saved
     check_checkpoint(folder)
+    if (named := opens(folder)) is not None:
+        return named
     if is_multi_vector(folder):
         return COLBERT
     if (folder / SETTINGS).is_file():

@@ -33,6 +33,11 @@ class Outputs:
     )  # [B, P]  every query against every candidate of the batch
     queries: Tensor | None = _on("query")  # [B, D]  one vector per query
     candidates: Tensor | None = _on("candidate")  # [P, D]  one vector per distinct candidate
+    query_cls: Tensor | None = _on("query")  # [B, D]  the first token's last hidden state
+    candidate_cls: Tensor | None = _on("candidate")  # [P, D]
+    pair_vectors: Tensor | None = _on("pair")  # [B, N, D]  one vector per listed pair
+    joint_queries: Tensor | None = _on("pair")  # [B, N, D]  of each query, read together with a candidate
+    joint_candidates: Tensor | None = _on("pair")  # [B, N, D]  of each candidate, read with the query
     query_tokens: Tokens | None = _on("query", tokens=True)  # B rows: a vector per token
     candidate_tokens: Tokens | None = _on("candidate", tokens=True)  # P rows
     query_attention: Tokens | None = _on("query", tokens=True)  # B rows: attention of texts read apart

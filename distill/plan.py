@@ -176,6 +176,7 @@ def plan_of(recipe: Recipe, builder: Builder) -> Plan:
             check_samplers(source, graph)
             check_scores(graph, source)
             check_lists(graph, source)
+            check_batches(graph, source)
             plan = Plan(recipe, graph, data, source, steps_of(recipe.train, source.steps(0)))
     mistakes.report()
     assert plan is not None  # else there was a mistake
@@ -255,15 +256,15 @@ def check_uses(recipe: Recipe, graph: DistillationGraph, data: Mapping[str, Data
     elif data and (measured := split_to_measure(recipe, data)) is not None:
         part = data[measured[0]]
         for split in dict.fromkeys((measured[1], *(("dev",) if "dev" in part.splits else ()))):
-            if problem := why_not(kept, part.split(split)):
+            if problem := why_not(kept, part.split(split), metrics=recipe.evaluate.metrics):
                 mistakes.add(
                     f"evaluate.metrics: models.{recipe.keep} cannot be measured on '{split}': {problem}. "
                     f"Measure it on listed candidates, or remove the metrics."
                 )
-    if recipe.search and not isinstance(kept, Encoder):
+    if recipe.search and (not isinstance(kept, Encoder) or kept.search == "own"):
         mistakes.add(
-            f"search: models.{recipe.keep} reads query and candidate together, so it has no index; "
-            f"remove `search`."
+            f"search: models.{recipe.keep} ({type(kept).__name__}) compares query and candidate by more than "
+            f"vectors, so it has no index; remove `search`."
         )
     for problem in rate_problems(recipe.train, graph):
         mistakes.add(problem)
@@ -324,6 +325,22 @@ def check_lists(graph: DistillationGraph, source: Source) -> None:
                     f"losses.{arrow.name}: {type(arrow.objective).__name__} tells listed positives from "
                     f"listed negatives, but the data set '{name}' lists positives only and draws no "
                     f"negatives. Give it `negatives`, or take a loss with `in_batch: true`."
+                )
+    mistakes.report()
+
+
+def check_batches(graph: DistillationGraph, source: Source) -> None:
+    """Refuse batches too small for what an objective compares in them."""
+    mistakes = Mistakes()
+    for name, part in judged_sources(source).items():
+        size = min(part.batch_size, len(part.query_rows))
+        for arrow in graph.arrows:
+            heard = arrow.data is None or name in arrow.data
+            if heard and size < (least := arrow.objective.least_queries):
+                mistakes.add(
+                    f"losses.{arrow.name}: {type(arrow.objective).__name__} compares the queries of a batch "
+                    f"with each other, at least {least}, and a batch of data set '{name}' holds {size}. "
+                    f"Raise its batch_size (train.batch_size), or limit the arrow with `data:`."
                 )
     mistakes.report()
 

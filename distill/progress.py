@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from distill.processes import is_first, world
+
+try:
+    import resource
+except ImportError:  # not a Unix
+    resource = None  # type: ignore[assignment]
 
 log = logging.getLogger("distill")
 
@@ -31,6 +37,35 @@ class Progress:
     history_bytes: int = 0
     dev: dict[str, float] = field(default_factory=dict)  # of the best step
     stopped: str = ""  # why it ended before its last step
+    seconds: float = 0.0  # of its steps, without those in which answers were asked that the store keeps
+    asking: float = 0.0  # seconds of these
+    tokens: int = 0  # ids in its batches
+    asked: dict[str, int] = field(default_factory=dict)  # teacher -> texts and pairs it was asked about
+    answers: dict[str, int] = field(default_factory=dict)  # teacher -> those heard, each once
+    health: dict[str, Any] = field(default_factory=dict)  # of the frozen teachers, as they were at the start
+
+    def cost(self) -> dict[str, Any]:
+        """What the training cost, for ``metrics.json``.
+
+        ``teacher_calls`` were made in this run; ``teacher_answers`` are what it would have asked of an empty
+        store (at least, where it was interrupted and samplers brought pairs).
+        """
+        return {
+            "seconds": round(self.seconds, 2),
+            "teacher_seconds": round(self.asking, 2),
+            "tokens": self.tokens,
+            "teacher_calls": self.asked,
+            "teacher_answers": self.answers,
+            "peak_memory_mb": peak_memory(),
+        }
+
+
+def peak_memory() -> int | None:
+    """The most memory this process has held, in MB; None: the system does not say."""
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6)  # bytes there, KiB elsewhere
 
 
 class History:

@@ -6,7 +6,7 @@ import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -17,6 +17,8 @@ from distill.paths import recipes_folder
 from distill.settings import Recipe
 
 Look = Callable[[Recipe], Sequence[str]]
+
+STUDIES = "studies"  # their folder, among the recipes
 
 
 def load_recipe(spec: str | Path, overrides: Sequence[str] = (), look: Look | None = None) -> Recipe:
@@ -31,12 +33,20 @@ def load_recipe(spec: str | Path, overrides: Sequence[str] = (), look: Look | No
         RecipeError: All mistakes of the file at once, each with its key and what is allowed.
     """
     path = find_recipe(spec)
+    document = read_recipe(spec, path)
+    if "variants" in document:
+        raise RecipeError(f"{spec} is a study of several variants; run it by `distill ablate {spec}`.")
+    for override in overrides:
+        set_key(document, *read_override(override))
+    return check_recipe(document, str(spec), look)
+
+
+def read_recipe(spec: str | Path, path: Path) -> dict[str, Any]:
+    """What the file of a recipe or a study says; one without a name is called what it was asked for by."""
     document = read_yaml(path)
     ours = Path(spec).suffix not in (".yaml", ".yml")
     document.setdefault("name", str(spec) if ours else path.stem)
-    for override in overrides:
-        _override(document, override)
-    return check_recipe(document, str(spec), look)
+    return document
 
 
 def find_recipe(spec: str | Path) -> Path:
@@ -47,14 +57,23 @@ def find_recipe(spec: str | Path) -> Path:
     folder = recipes_folder()
     path = folder / f"{spec}.yaml"
     if not path.is_file():
-        names = recipe_names()
+        kind = "study" if str(spec).startswith(f"{STUDIES}/") else "recipe"
+        names, kinds = (study_names(), STUDIES) if kind == "study" else (recipe_names(), "recipes")
         raise RecipeError(
-            f"there is no recipe '{spec}'.{nearest(str(spec), names)} `distill list recipes` shows all."
+            f"there is no {kind} '{spec}'.{nearest(str(spec), names)} `distill list {kinds}` shows all."
         )
     return path
 
 
 def recipe_names() -> list[str]:
+    return [name for name in _names() if not name.startswith(f"{STUDIES}/")]
+
+
+def study_names() -> list[str]:
+    return [name for name in _names() if name.startswith(f"{STUDIES}/")]
+
+
+def _names() -> list[str]:
     folder = recipes_folder()
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 
@@ -78,7 +97,7 @@ def check_recipe(document: Mapping[str, Any], where: str, look: Look | None = No
     try:
         recipe: Recipe | None = Recipe.model_validate(document)
     except ValidationError as error:
-        problems = [_explain(where, problem) for problem in error.errors()]
+        problems = [explain(where, problem, Recipe) for problem in error.errors()]
         recipe = _without(document, [problem["loc"] for problem in error.errors()])
     if look is not None and recipe is not None:
         problems += look(recipe)
@@ -108,11 +127,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean '{guess[0]}'?" if guess else ""
 
 
-def _explain(where: str, problem: Mapping[str, Any]) -> str:
+def explain(where: str, problem: Mapping[str, Any], schema: type[BaseModel]) -> str:
+    """A mistake that pydantic found, in words: the key, what is wrong, what is allowed."""
     place = ".".join(str(part) for part in problem["loc"])
     key = f"{where}: {place}" if place else where
     if problem["type"] == "extra_forbidden":
-        known = _keys_at(problem["loc"][:-1])
+        known = _keys_at(problem["loc"][:-1], schema)
         last = str(problem["loc"][-1])
         return f"{key}: there is no such key; known are {', '.join(known)}.{nearest(last, known)}"
     if problem["type"] == "missing":
@@ -121,21 +141,20 @@ def _explain(where: str, problem: Mapping[str, Any]) -> str:
     return f"{key}: {said}" + (f", got {problem['input']!r}." if place else ".")
 
 
-def _keys_at(place: Sequence[str | int]) -> list[str]:
-    model: type[BaseModel] = Recipe
+def _keys_at(place: Sequence[str | int], schema: Any) -> list[str]:
+    """The keys that a schema knows at a place; of a mapping by name, those of its values."""
     for part in place:
-        field = model.model_fields.get(str(part))
-        if (
-            field is None
-            or not isinstance(field.annotation, type)
-            or not issubclass(field.annotation, BaseModel)
-        ):
-            return []
-        model = field.annotation
-    return list(model.model_fields)
+        if isinstance(schema, type) and issubclass(schema, BaseModel):
+            field = schema.model_fields.get(str(part))
+            schema = None if field is None else field.annotation
+        else:
+            schema = next(iter(get_args(schema)[1:]), None)
+    is_model = isinstance(schema, type) and issubclass(schema, BaseModel)
+    return list(schema.model_fields) if is_model else []
 
 
-def _override(document: dict[str, Any], override: str) -> None:
+def read_override(override: str) -> tuple[str, Any]:
+    """Key and value of a ``key=value``, the value in YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"'{override}' is not an override; write key=value, such as train.epochs=3.")
@@ -143,10 +162,15 @@ def _override(document: dict[str, Any], override: str) -> None:
         value = YAML(typ="safe", pure=True).load(text) if text.strip() else None
     except YAMLError as error:
         raise RecipeError(f"the value of '{override}' is not valid YAML: {error}") from error
+    return key, value
+
+
+def set_key(document: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key, with dots for keys inside keys, to a value."""
     *path, last = key.split(".")
     at = document
     for part in path:
         at = at.setdefault(part, {})
         if not isinstance(at, dict):
-            raise RecipeError(f"'{override}': '{part}' is not a mapping in this recipe, so it has no keys.")
+            raise RecipeError(f"'{key}': '{part}' is not a mapping in this recipe, so it has no keys.")
     at[last] = value

@@ -5,6 +5,7 @@ A run is a folder. What is finished in it is not done again: an interrupted run 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import platform
@@ -23,6 +24,7 @@ import torch
 from ruamel.yaml import YAML
 
 from distill.build import Builder
+from distill.checkup import Patient, checkup
 from distill.data.judged import Judged
 from distill.errors import DataError, RecipeError, RunError
 from distill.evaluation import Evaluation, evaluate_reference
@@ -30,6 +32,7 @@ from distill.evaluation.significance import CONFIDENCE, compare
 from distill.graph import DistillationGraph
 from distill.hub.card import Kind, model_card
 from distill.hub.files import atomic_write_text
+from distill.hub.own import opens
 from distill.lock import LOCK, only_run_in
 from distill.measure import entry_of, measure, why_not
 from distill.model import Encoder, Model
@@ -45,7 +48,8 @@ from distill.plan import (
 from distill.processes import first_goes_first, from_first, in_shares, is_first, wait, world
 from distill.recipe import load_recipe, read_yaml
 from distill.score import Scoring
-from distill.settings import Recipe, TrainSettings
+from distill.settings import Recipe, Study, TrainSettings
+from distill.study import load_study
 from distill.trainer import Progress, Trainer
 
 log = logging.getLogger("distill")
@@ -73,6 +77,10 @@ class Runs:
         """A recipe with overrides; all mistakes of its keys, types and names are in one error."""
         return load_recipe(spec, overrides, self._builder(None).mistakes)
 
+    def load_study(self, spec: str | Path, overrides: Sequence[str] = ()) -> Study:
+        """A study with overrides; all mistakes of its keys and of its variants' recipes are in one error."""
+        return load_study(spec, overrides, self._builder(None).mistakes)
+
     def run(self, recipe: Recipe) -> Path:
         """Run a recipe to its end, or go on with it; returns the run's folder."""
         folder = self.folder / recipe.name
@@ -87,22 +95,25 @@ class Runs:
                     _empty(folder)
                 before = "going on with " if (folder / "recipe.yaml").exists() else ""
                 log.info("%s%s", before, "\n".join([recipe.name, *plan.lines()]))
-                atomic_write_text(folder / "recipe.yaml", _yaml(recipe))
+                atomic_write_text(folder / "recipe.yaml", as_yaml(recipe))
                 atomic_write_text(folder / "environment.json", json.dumps(environment(), indent=1))
             wait()
             _Run(recipe, folder, self._builder(self.model_of)).run()
         return folder
 
-    def _is_done(self, recipe: Recipe, folder: Path) -> bool:
-        """Whether the folder holds this run, finished; refuses that of another recipe."""
+    def is_finished(self, recipe: Recipe) -> bool:
+        """Whether this run is there, finished; refuses a folder that holds that of another recipe."""
+        folder = self.folder / recipe.name
         changed = from_first(self._changed(recipe, folder))
         if changed and not self.overwrite:
             raise RecipeError(
                 f"{folder} holds a run of another recipe (other: {', '.join(changed)}). "
                 f"Give this one a name of its own (name=...), or pass --overwrite to replace it."
             )
-        done = not changed and from_first((folder / FINISHED).exists())
-        if done:
+        return not changed and from_first((folder / FINISHED).exists())
+
+    def _is_done(self, recipe: Recipe, folder: Path) -> bool:
+        if done := self.is_finished(recipe):
             log.info("%s is finished; its recipe has not changed, so nothing is done again.", folder)
         return done
 
@@ -134,17 +145,29 @@ class Runs:
 
     def judged(self, plan: Plan) -> dict[tuple[str, str], int]:
         """How many texts or pairs of each (data set, teacher) the store knows before this recipe is run."""
-        unmade = {
-            name
-            for name, node in plan.recipe.models.items()
-            if isinstance(made := node.get("checkpoint"), Mapping)
-            and "run" in made
-            and not (self.folder / load_recipe(made["run"]).name / FINISHED).exists()
-        }
+        unmade = self._unmade(plan.recipe)
         if not store_folder().is_dir():
             return {}
         scoring = Scoring(plan.recipe, self._builder(self._configuration_of), plan.data, mend=False)
         return {place: 0 if place[1] in unmade else known for place, (_, known) in scoring.counts().items()}
+
+    def checkup(self, plan: Plan, queries: int) -> tuple[list[Patient], list[str]]:
+        """The health of the frozen teachers that are there, asked about the lists of so many queries."""
+        if not set(plan.graph.nodes) - plan.graph.trained:
+            return [], []
+        builder, unmade = self._builder(self._configuration_of), self._unmade(plan.recipe)
+        scoring = Scoring(plan.recipe, builder, plan.data, mend=False)
+        return checkup(scoring.graph, plan.data, plan.recipe.train.store, queries, unmade)
+
+    def _unmade(self, recipe: Recipe) -> set[str]:
+        """The models that are to come from runs that are not finished."""
+        return {
+            name
+            for name, node in recipe.models.items()
+            if isinstance(made := node.get("checkpoint"), Mapping)
+            and "run" in made
+            and not (self.folder / load_recipe(made["run"]).name / FINISHED).exists()
+        }
 
     def model_of(self, name: str) -> Path:
         """The model that another recipe leaves; it is run first if no finished run is there."""
@@ -211,7 +234,7 @@ class _Run:
         student = graph.nodes[recipe.keep]
         evaluations = {recipe.keep: self._evaluate(recipe.keep, student)}
         for name in graph.nodes if recipe.evaluate.teachers and self.measured is not None else ():
-            if problem := why_not(graph.nodes[name], self._judged(), student):
+            if problem := why_not(graph.nodes[name], self._judged(), student, recipe.evaluate.metrics):
                 log.info("%s is not measured: %s", name, problem)
             elif name != recipe.keep:
                 evaluations[name] = self._evaluate(name, graph.nodes[name], student)
@@ -321,6 +344,8 @@ class _Run:
             "steps": progress.steps,
             "best_step": progress.best_step,
             "dev": progress.dev,
+            "cost": progress.cost(),
+            "health": progress.health,
             "models": measures,
             "references": {name: evaluation.to_json() for name, evaluation in references.items()},
             "comparison": self._comparison(evaluations),
@@ -351,7 +376,7 @@ class _Run:
         base = recipe.models[recipe.keep].get("checkpoint")
         return model_card(
             recipe.name,
-            _kind_of(model),
+            "own" if opens(self.folder / recipe.keep) is not None else _kind_of(model),
             recipe.model_dump(mode="json"),
             recipe.keep,
             {name: entry["metrics"] for name, entry in measures.items() if "metrics" in entry},
@@ -394,11 +419,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _yaml(recipe: Recipe) -> str:
-    import io
-
+def as_yaml(settings: Recipe | Study) -> str:
+    """A recipe or a study as it is stored: with all its keys, the defaults too."""
     stream = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.dump(recipe.model_dump(mode="json"), stream)
+    yaml.dump(settings.model_dump(mode="json"), stream)
     return stream.getvalue()

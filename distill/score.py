@@ -71,6 +71,11 @@ class Scoring:
             found[listener.data, listener.name] = (sum(n for n, _ in counts), sum(k for _, k in counts))
         return found
 
+    def fill(self) -> None:
+        """Ask what is not known yet of all texts and listed pairs."""
+        self.source.prepare(*self.graph.columns())
+        self.memory.fill()
+
     def score(self) -> list[Row]:
         """Ask what is not known yet: all texts and listed pairs, then the pairs that samplers will bring."""
         self.source.prepare(*self.graph.columns())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,12 @@ from distill.nn.precision import Precision
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def below_the_runs(name: str) -> str:
+    if not name or PurePath(name).is_absolute() or {"..", "."} & set(name.split("/")):
+        raise ValueError("the name becomes a folder below the runs; write one like `mine` or `text/mine`")
+    return name
 
 
 class TrainSettings(_Strict):
@@ -91,12 +98,7 @@ class Recipe(_Strict):
     # sample queries, or users as mappings, answered from an index of the test candidates at the end
     search: list[str | dict[str, Any]] = []
 
-    @field_validator("name")
-    @classmethod
-    def _below_the_runs(cls, name: str) -> str:
-        if not name or PurePath(name).is_absolute() or {"..", "."} & set(name.split("/")):
-            raise ValueError("the name becomes a folder below the runs; write one like `mine` or `text/mine`")
-        return name
+    _below_the_runs = field_validator("name")(below_the_runs)
 
     @field_validator("baseline", mode="before")
     @classmethod
@@ -119,3 +121,61 @@ class Recipe(_Strict):
     def data_sets(self) -> dict[str, dict[str, Any]]:
         """The data sets by name; a single one is called ``data``."""
         return {"data": self.data} if "type" in self.data else self.data
+
+
+class Changes(_Strict):
+    """Changes of a recipe: ``drop`` takes keys out (with dots), then ``set`` gives keys whole values."""
+
+    drop: list[str] = []
+    set: dict[str, Any] = {}
+
+
+class Variant(Changes):
+    """One variant of a study, and the variant it is compared with, where that is not the study's baseline."""
+
+    against: str | None = None
+
+
+class DataSet(Changes):
+    """One data set of a study: another recipe, or changes of the study's, which every variant then has."""
+
+    recipe: str | None = None
+
+
+class Study(_Strict):
+    """Variants of a recipe over seeds: one YAML file below ``recipes/studies``, or of your own.
+
+    Every variant starts from the same student, sees each data set in the same order, and takes as many
+    steps as the recipe does, unless it sets ``train.steps`` or ``train.epochs`` itself. ``drop`` and ``set``
+    of the study hold for all of them. The first of ``metrics`` decides.
+    """
+
+    name: str
+    recipe: str
+    variants: Annotated[dict[str, Variant], Field(min_length=2)]
+    baseline: str
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [1, 2, 3]
+    data: dict[str, DataSet] = {}
+    metrics: list[str] = []  # none: all that the recipe measures
+    drop: list[str] = []
+    set: dict[str, Any] = {}
+
+    _below_the_runs = field_validator("name")(below_the_runs)
+
+    @field_validator("variants", "data")
+    @classmethod
+    def _become_folders(cls, named: dict[str, Any]) -> dict[str, Any]:
+        for name in named:
+            if not re.fullmatch(r"[\w+-]+", name):
+                raise ValueError(f"the name '{name}' becomes a folder; use letters, digits, _, + and - in it")
+        folded = [name.casefold() for name in named]
+        if twice := [name for name in named if folded.count(name.casefold()) > 1]:
+            raise ValueError(f"{' and '.join(twice)} are one name to some file systems; rename one")
+        return named
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed stands twice; its runs would be the same, and count twice")
+        return seeds

@@ -6,6 +6,7 @@ Kept on disk (``store_files.py``). Next: ``trainer.py``, which reads it for ever
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,6 +97,8 @@ class TeacherMemory:
     ):
         self.graph, self.sources, self.precision, self.mend = graph, dict(sources), precision, mend
         self.asked: Counter[str] = Counter()  # about how many texts and pairs, by teacher
+        self.seconds = 0.0  # that asking took
+        self._heard: dict[tuple[str, int], np.ndarray] = {}  # which rows of a signal somebody heard
         self.teachers: dict[str, Teacher | None] = {}
         self._signals: dict[Path | tuple[str, ...], Signal] = {}
         self._keys: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -160,7 +163,26 @@ class TeacherMemory:
                     raise KeyboardInterrupt("the answers of the teachers so far are kept")
         if n:
             log.info("%s answered %s %s", listener.name, f"{n:,}", what)
+        keys = self._keys_of(listener.source, axis, *self._rows(listener, axis))
+        self._mark(listener, axis, listener.signals[axis].find(keys))
         return n
+
+    @property
+    def answers(self) -> Counter[str]:
+        """How many texts and pairs were filled in or recalled, each once, by teacher."""
+        heard: Counter[str] = Counter()
+        for (name, _), rows in self._heard.items():
+            heard[name] += int(rows.sum())
+        return heard
+
+    def _mark(self, listener: Listener, axis: str, rows: np.ndarray) -> None:
+        signal = listener.signals[axis]
+        place = (listener.name, id(signal))
+        heard = np.zeros(len(signal), dtype=bool)
+        before = self._heard.get(place, heard[:0])
+        heard[: len(before)] = before
+        heard[rows] = True
+        self._heard[place] = heard
 
     def unknown(self, listener: Listener, axis: str) -> list[Question]:
         """What the store does not know of a source's texts or listed pairs, cut into blocks."""
@@ -174,6 +196,7 @@ class TeacherMemory:
 
     def ask(self, questions: Sequence[Question]) -> None:
         """Ask one question in each process, and keep the answers: all hear all of them, the first writes."""
+        start = time.monotonic()
         mine = self._answer(questions[rank()]) if rank() < len(questions) else {}
         for question, values in zip(questions, of_each(mine), strict=False):
             source, axis = question.listener.source, question.axis
@@ -183,13 +206,14 @@ class TeacherMemory:
             except RunError as error:
                 raise RunError(f"models.{question.listener.name}: {error}") from error
             self.asked[question.listener.name] += len(question)
+        self.seconds += time.monotonic() - start
 
     @torch.no_grad()
     def _answer(self, question: Question) -> dict[str, Tensor]:
         listener, axis, source = question.listener, question.axis, question.listener.source
         node, signal = listener.node, listener.signals[axis]
         if axis == "pair":
-            batch = _of_pairs(source, question.queries, question.candidates)
+            batch = of_pairs(source, question.queries, question.candidates)
         else:
             batch = source.gather(question.queries, question.candidates)
         batch = batch.to(node.device).view(*node.reads.keys)
@@ -296,10 +320,12 @@ class TeacherMemory:
             found = signal.find(self._keys_of(listener.source, axis, *self._rows_in(listener, axis, batch)))
             if not len(found):  # a batch of texts only has no queries, and the store no shape of them
                 return {f: torch.zeros(0, listener.node.sizes.get(f, 0)) for f in signal.fields}
+            self._mark(listener, axis, found)
             return signal.read(found)
         queries = batch.query_ids[:, None].expand_as(batch.index)[mask]
         keys = self._keys_of(listener.source, axis, queries, batch.candidate_ids[batch.index[mask]])
         found = signal.find(keys)
+        self._mark(listener, axis, found[found >= 0])
         place = mask.nonzero()[torch.from_numpy(found >= 0)]
         answers = {}
         for f, values in signal.read(found[found >= 0]).items():
@@ -363,7 +389,7 @@ def _with_given(listener: Listener, said: Outputs, batch: Batch) -> Outputs:
     return said.with_(scores=scores)
 
 
-def _of_pairs(source: JudgedSource, queries: Tensor, candidates: Tensor) -> Batch:
+def of_pairs(source: JudgedSource, queries: Tensor, candidates: Tensor) -> Batch:
     """A batch that lists n pairs of rows, in their order; pairs of one query stand together."""
     asked, counts = queries.unique_consecutive(return_counts=True)
     distinct, place = candidates.unique(return_inverse=True)

@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from distill.checkpoint import (
     save_checkpoint,
     save_parameters,
 )
+from distill.checkup import health_at_start
 from distill.data.source import Source
 from distill.errors import DataError, RecipeError, RunError
 from distill.evaluation import merit
@@ -148,12 +150,14 @@ class Trainer:
         tokens, since = 0, time.monotonic()
         saved = since
         while p.step < p.steps and not p.stopped:
+            began = time.monotonic() - self._asking
             losses, norm, read = self._step()
             tokens += read
+            self._spend(time.monotonic() - self._asking - began, read)
             for name, loss in losses.items():
                 said[name] = loss
             p.step += 1
-            shown.update(p.step, losses)
+            shown.update(p.step, {name: loss for name, loss in losses.items() if "/" not in name})
             if p.step % self.settings.log_every == 0 or p.step == p.steps:
                 speed = tokens / (time.monotonic() - since)
                 self._record({**self._losses(said), "grad_norm": norm, "tokens_per_second": round(speed)})
@@ -173,7 +177,7 @@ class Trainer:
                 raise KeyboardInterrupt(f"stopped after step {p.step} of {p.steps}; a checkpoint is saved")
 
     def _step(self) -> tuple[dict[str, Tensor], float, int]:
-        """One optimiser step: each arrow's mean loss, the norm of the gradient, and the ids read."""
+        """One optimiser step: the mean loss of each arrow and part, the gradient's norm, and the ids read."""
         p = self.progress
         done = p.step / p.steps
         batches = [
@@ -195,6 +199,9 @@ class Trainer:
                         self._diverged(f"the loss of losses.{name} became {mean.item()}", p.step + 1)
                     )
                 means[name] = means.get(name, 0) + mean.detach()
+                for part, value in loss.parts.items():  # no arrow's own name holds a slash
+                    share = value.detach().sum() / divisors[name].clamp(min=1)
+                    means[f"{name}/{part}"] = means.get(f"{name}/{part}", 0) + share
                 total = total + weights[name] * mean
             if isinstance(total, Tensor) and total.requires_grad:
                 self.accelerator.backward(total / world())  # each process has the whole loss
@@ -247,9 +254,25 @@ class Trainer:
         if self._recalled is None:
             memory = TeacherMemory(self.graph, judged_sources(self.source), self.settings.store)
             memory.fill(self._interrupted.is_set)
+            self.progress.health = health_at_start(memory)
             self._recalled = RecalledBatches(memory, self.source)
+            self._spent = (self.progress.asking, Counter(self.progress.asked))
         batch = self._recalled.batch(epoch, step)
         return batch.to(self.accelerator.device)
+
+    @property
+    def _asking(self) -> float:
+        """Seconds in which this process asked what the teacher store keeps."""
+        return self._recalled.memory.seconds if self._recalled is not None else 0.0
+
+    def _spend(self, seconds: float, tokens: int) -> None:
+        """Add what a step cost, and what the teachers were asked until then."""
+        assert self._recalled is not None
+        p, memory, (asking, asked) = self.progress, self._recalled.memory, self._spent
+        p.seconds, p.tokens = p.seconds + seconds, p.tokens + tokens
+        p.asking, p.asked = asking + memory.seconds, dict(asked + memory.asked)
+        heard = memory.answers
+        p.answers = {name: max(heard[name], p.answers.get(name, 0)) for name in heard | Counter(p.answers)}
 
     def _measure(self) -> None:
         assert self.evaluate is not None
@@ -317,7 +340,7 @@ class Trainer:
     def _losses(self, said: Mapping[str, Tensor]) -> dict[str, float]:
         done = (self.progress.step - 1) / self.progress.steps
         names = {arrow.name: arrow.weight_at(done) for arrow in self.graph.arrows if arrow.name in said}
-        losses = {f"loss/{name}": said[name].item() for name in names}
+        losses = {f"loss/{name}": loss.item() for name, loss in said.items()}
         total = sum(weight * losses[f"loss/{name}"] for name, weight in names.items())
         return {"loss": total, **losses, **{f"weight/{name}": weight for name, weight in names.items()}}
 

@@ -38,6 +38,7 @@ Pooling = Literal["mean", "cls", "lasttoken"]
 
 KINDS = {  # what a tower says of a text, and the fields of Outputs that hold it for each side
     "vectors": ("queries", "candidates"),
+    "cls": ("query_cls", "candidate_cls"),
     "tokens": ("query_tokens", "candidate_tokens"),
     "attention": ("query_attention", "candidate_attention"),
 }
@@ -51,8 +52,9 @@ class BiEncoder(Encoder):
     pooling and normalised vectors.
 
     Provides ``queries`` [B, D], ``candidates`` [P, D], ``scores`` [B, N] and ``in_batch`` [B, P]; from the
-    same forward the vectors of all tokens before pooling (``query_tokens``, ``candidate_tokens``) and,
-    where the transformer lets one listen, ``query_attention`` and ``candidate_attention``.
+    same forward the vectors of all tokens before pooling (``query_tokens``, ``candidate_tokens``), of the
+    first alone (``query_cls``, ``candidate_cls``) and, where the transformer lets one listen,
+    ``query_attention`` and ``candidate_attention``.
 
     Args:
         checkpoint: Hub name, folder, or ``package:NAME/FOLDER``.
@@ -155,14 +157,15 @@ class BiEncoder(Encoder):
     @property
     def provides(self) -> frozenset[str]:
         heard = {"query_attention", "candidate_attention"} if "layers" in self.sizes else set()
-        vectors = {"queries", "candidates", "query_tokens", "candidate_tokens"}
-        return frozenset({*vectors, *heard, "scores", "in_batch"})
+        read = {field for kind in ("vectors", "cls", "tokens") for field in KINDS[kind]}
+        return frozenset({*read, *heard, "scores", "in_batch"})
 
     @property
     def sizes(self) -> dict[str, int]:
         hidden = {
-            f"{side}_tokens": tower.encoder.backbone.config.hidden_size
+            f"{side}_{kind}": tower.encoder.backbone.config.hidden_size
             for side, tower in (("query", self.query_tower), ("candidate", self.candidate_tower))
+            for kind in ("cls", "tokens")
         }
         heard = self.query_tower.encoder.attention_sizes
         alike = heard == self.candidate_tower.encoder.attention_sizes
@@ -201,7 +204,9 @@ class BiEncoder(Encoder):
         framed = {i: towers[i].encoder.tokenizer.frame(texts[i], lengths[i]) for i in sides}
         kinds = [kind for kind, fields in KINDS.items() if wanted.fields & {*fields}]
         places = {
-            i: towers[i].encoder.tokenizer.places(texts[i], lengths[i]) for i in sides if kinds != ["vectors"]
+            i: towers[i].encoder.tokenizer.places(texts[i], lengths[i])
+            for i in sides
+            if {"tokens", "attention"} & {*kinds}
         }
         layers = sorted(wanted.layers)
         said: dict[int, dict[str, Said]] = {}
@@ -221,6 +226,18 @@ class BiEncoder(Encoder):
             said = {i: towers[i].read(framed[i], places.get(i), kinds, layers) for i in sides}
         return Outputs().with_(
             **{KINDS[kind][i]: said[i][kind] for i in sides for kind in kinds if KINDS[kind][i] in wanted}
+        )
+
+    def batch_of(self, queries: Sequence[str], candidates: Sequence[str]) -> Batch:
+        """A batch of raw texts, which lists nothing."""
+        nothing = torch.zeros(len(queries), 0, dtype=torch.int64)
+        return Batch(
+            index=nothing,
+            mask=nothing.bool(),
+            query_ids=torch.arange(len(queries)),
+            candidate_ids=torch.arange(len(candidates)),
+            queries={self._query_column.key: self._query_column.encode(list(queries))},
+            candidates={self._candidate_column.key: self._candidate_column.encode(list(candidates))},
         )
 
     def compare(self, outputs: Outputs, batch: Batch, needs: Needs) -> Outputs:
@@ -324,24 +341,27 @@ class Tower(nn.Module):
     def read(
         self, ids: Ragged, places: Tensor | None, kinds: Sequence[str], layers: Sequence[int] = ()
     ) -> dict[str, Said]:
-        """Of n framed texts from one forward: ``vectors`` [n, D], ``tokens``, ``attention``, as asked.
+        """Of n framed texts from one forward: ``vectors`` [n, D], ``cls``, ``tokens``, ``attention``.
 
         Args:
-            places: Of their tokens [T, 1]; needed for all but vectors.
+            places: Of their tokens [T, 1]; needed for tokens and attention.
         """
-        rows = {"vectors": lambda output, mask: pool(output.last_hidden_state, mask, self.pooling)}
+        rows = {
+            "vectors": lambda output, mask: pool(output.last_hidden_state, mask, self.pooling),
+            "cls": lambda output, mask: output.last_hidden_state[:, 0],
+        }
         tokens = {"tokens": lambda output, mask: output.last_hidden_state}
         if len(ids):
             said = self.encoder.read(
                 ids,
-                rows=rows if "vectors" in kinds else None,
+                rows={kind: head for kind, head in rows.items() if kind in kinds},
                 tokens=tokens if "tokens" in kinds else None,
                 layers=layers if "attention" in kinds else (),
             )
         else:
             heard = self.encoder.no_attention(layers)
             hidden = heard.new_zeros(0, self.encoder.backbone.config.hidden_size)
-            answers = {"vectors": hidden, "tokens": hidden, "attention": heard}
+            answers = {"vectors": hidden, "cls": hidden, "tokens": hidden, "attention": heard}
             said = {kind: answers[kind] for kind in kinds}
         answer: dict[str, Said] = {}
         for kind, values in said.items():
@@ -349,6 +369,8 @@ class Tower(nn.Module):
                 with torch.autocast(values.device.type, enabled=False):
                     vectors = self.dense(values)
                     answer[kind] = F.normalize(vectors, dim=-1) if self.normalize else vectors
+            elif kind == "cls":
+                answer[kind] = values
             else:
                 assert places is not None
                 held, device = tuple(layers) if kind == "attention" else (), values.device

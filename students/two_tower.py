@@ -226,7 +226,7 @@ class TwoTower(Encoder):
         assert users is not None and items is not None
         if "scores" in needs:
             listed = F.embedding(batch.index, items)  # [B, N, D]; its backward is faster than indexing's
-            outputs = outputs.with_(scores=torch.einsum("bnd,bd->bn", listed, users) * self.scale())
+            outputs = outputs.with_(scores=(listed * users[:, None]).sum(dim=-1) * self.scale())
         if "in_batch" in needs:
             outputs = outputs.with_(in_batch=users @ items.T * self.scale())
         return outputs

@@ -2,6 +2,7 @@
 
 from teachers.colbert import ColBERT
 from teachers.concatenation import Concatenation
+from teachers.cross_embedding import CrossEmbedding
 from teachers.cross_encoder import CrossEncoder
 from teachers.ensemble import Ensemble
 from teachers.gradient_boosting import GradientBoosting
@@ -11,6 +12,7 @@ from teachers.recorded import Recorded
 __all__ = [
     "ColBERT",
     "Concatenation",
+    "CrossEmbedding",
     "CrossEncoder",
     "Ensemble",
     "GradientBoosting",

@@ -35,8 +35,9 @@ class CrossEncoder(Model):
     fit. With one class the score is the raw logit, which keeps margins that a probability loses; with two
     it is the log-probability of class 1, as in monoBERT.
 
-    Provides ``scores`` [B, N] with one or two classes, ``classes`` [B, N, C] with two or more, and, where
-    the transformer lets one listen, ``joint_attention`` from the same forward.
+    Provides ``scores`` [B, N] with one or two classes, ``classes`` [B, N, C] with two or more, and from the
+    same forward ``pair_vectors`` [B, N, D], the first token's last hidden state (where it is a [CLS]) and,
+    where the transformer lets one listen, ``joint_attention``.
 
     Args:
         checkpoint: Hub name, folder, or ``package:NAME/FOLDER``.
@@ -107,11 +108,13 @@ class CrossEncoder(Model):
     @property
     def provides(self) -> frozenset[str]:
         said = {1: {"scores"}, 2: {"scores", "classes"}}.get(self.classes, {"classes"})
-        return frozenset(said | ({"joint_attention"} if self.sizes else set()))
+        heard = {"joint_attention"} if "layers" in self.sizes else set()
+        return frozenset(said | heard | ({"pair_vectors"} & self.sizes.keys()))
 
     @property
     def sizes(self) -> dict[str, int]:
-        return self.encoder.attention_sizes
+        first = {"pair_vectors": self.encoder.backbone.config.hidden_size}
+        return {**self.encoder.attention_sizes, **(first if self.encoder.tokenizer.has_cls else {})}
 
     @property
     def column(self) -> TextColumn:
@@ -138,19 +141,19 @@ class CrossEncoder(Model):
         candidates = batch.candidates[key].select(batch.index[rows, places])
         n = batch.mask.numel()
         heard = torch.zeros_like(places, dtype=torch.bool)  # pairs whose attention is asked for
-        attention = None
+        attention, vectors = None, "pair_vectors" in needs
         if "joint_attention" in needs:
             heard |= True if needs.first is None else places < needs.first
             first = heard.nonzero()[:, 0]
-            logits, attention = self._heard(queries.select(first), candidates.select(first), layers)
+            logits, attention = self._heard(queries.select(first), candidates.select(first), layers, vectors)
             attention = attention.among((rows * batch.mask.shape[1] + places)[first], n)
         if needs.fields <= {"joint_attention"}:
             return Outputs(joint_attention=attention)
         if not heard.any():
-            logits = self._logits(queries, candidates)
+            logits = self._logits(queries, candidates, vectors)
         elif not heard.all():
             rest = (~heard).nonzero()[:, 0]
-            others = self._logits(queries.select(rest), candidates.select(rest))
+            others = self._logits(queries.select(rest), candidates.select(rest), vectors)
             logits = torch.cat([logits, others])[torch.cat([first, rest]).argsort()]
 
         def listed(said: Tensor) -> Tensor:  # [n, ...] -> [B, N, ...], 0 where nothing is listed
@@ -158,32 +161,39 @@ class CrossEncoder(Model):
             full[rows, places] = said
             return full
 
+        logits, pair_vectors = logits[:, : self.classes], logits[:, self.classes :]
         return Outputs(
             classes=listed(logits) if "classes" in needs else None,
             scores=listed(self._scores(logits)) if "scores" in needs else None,
+            pair_vectors=listed(pair_vectors) if vectors else None,
             joint_attention=attention,
         )
 
-    def _logits(self, queries: Ragged, candidates: Ragged) -> Tensor:
-        """Logits [n, C] of n pairs of cached ids."""
+    def _logits(self, queries: Ragged, candidates: Ragged, vectors: bool = False) -> Tensor:
+        """Logits [n, C] of n pairs of cached ids; with ``vectors`` theirs [n, D] behind them."""
         if not len(queries):
-            return torch.zeros(0, self.classes, device=self.device)
+            size = self.encoder.backbone.config.hidden_size if vectors else 0
+            return torch.zeros(0, self.classes + size, device=self.device)
         ids, types = self.encoder.tokenizer.frame_pairs(
             queries, candidates, self.max_length, self.query_max_length
         )
-        return self.encoder(ids, types, lambda output, mask: output.logits)
+        rows = {"logits": _with_vectors if vectors else _logits}
+        return self.encoder.read(ids, types, rows, hidden=vectors)["logits"]
 
-    def _heard(self, queries: Ragged, candidates: Ragged, layers: Sequence[int]) -> tuple[Tensor, Tokens]:
-        """Logits [n, C] and attention of n pairs of cached ids."""
+    def _heard(
+        self, queries: Ragged, candidates: Ragged, layers: Sequence[int], vectors: bool
+    ) -> tuple[Tensor, Tokens]:
+        """Like ``_logits``, and the attention of the n pairs."""
         lengths = (self.max_length, self.query_max_length)
         ids, types = self.encoder.tokenizer.frame_pairs(queries, candidates, *lengths)
         places = self.encoder.tokenizer.pair_places(queries, candidates, *lengths).to(self.device)
         if len(queries):
-            said = self.encoder.read(ids, types, {"logits": lambda output, _: output.logits}, layers=layers)
+            rows = {"logits": _with_vectors if vectors else _logits}
+            said = self.encoder.read(ids, types, rows, layers=layers, hidden=vectors)
         else:
             said = {
                 "attention": self.encoder.no_attention(layers),
-                "logits": self._logits(queries, candidates),
+                "logits": self._logits(queries, candidates, vectors),
             }
         heard = Tokens(said["attention"], ids.offsets.to(self.device), places, tuple(layers))
         return said["logits"], heard
@@ -210,3 +220,11 @@ class CrossEncoder(Model):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that this class, and the CrossEncoder of sentence-transformers, opens."""
         write_cross_encoder(folder, self.encoder.backbone, self.encoder.tokenizer.tokenizer, self.max_length)
+
+
+def _logits(output: Any, mask: Tensor) -> Tensor:
+    return output.logits
+
+
+def _with_vectors(output: Any, mask: Tensor) -> Tensor:
+    return torch.cat([output.logits, output.hidden_states[-1][:, 0]], dim=-1)

@@ -99,7 +99,7 @@ class TextPairs(TextData):
         test: Like ``dev``, for test.
         columns: Names of the columns ``text1``, ``text2`` and ``label``; ``label: null``: no labels.
         label_scale: Lowest and highest label, mapped to 0 and 1 (STS Benchmark: [0, 5]).
-        classes: Labels that are words, from the one that means 0 to the one that means 1.
+        classes: Labels that are words; the label is the word's place among them, from 0.
         scores: Teacher -> the column with its score of the row.
         seed: Of the pairs held out.
 
@@ -148,7 +148,7 @@ class TextPairs(TextData):
 
     def _labels(self, table: RawTable) -> Tensor:
         if self.classes is not None:
-            value = {word: i / (len(self.classes) - 1) for i, word in enumerate(map(str, self.classes))}
+            value = {word: float(i) for i, word in enumerate(map(str, self.classes))}
             words = table.ids("label")
             for row, word in enumerate(words):
                 if word not in value:

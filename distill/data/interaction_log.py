@@ -37,7 +37,7 @@ class Log:
 
 def in_order(users: np.ndarray, items: np.ndarray, times: np.ndarray | None) -> np.ndarray:
     """The rows in order of (user, time, item): [T] int64. Rows may come in any order."""
-    keys = _moments(users, items if times is None else times)
+    (keys,) = _moments((users, items if times is None else times))
     order = np.argsort(keys)  # of one key: many times faster than of three
     again = np.diff(keys[order]) == 0
     tied = np.flatnonzero(np.append(again, False) | np.append(False, again))
@@ -46,15 +46,25 @@ def in_order(users: np.ndarray, items: np.ndarray, times: np.ndarray | None) -> 
     return order
 
 
-def _moments(users: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """One number per row that grows with user, then time: [T] int64."""
-    if not len(times):
-        return np.empty(0, np.int64)
-    low, high = int(times.min()), int(times.max())
-    if (high - low + 1) * (int(users.max()) + 1) >= 2**62:  # ranks are smaller than the times
-        times, low = np.unique(times, return_inverse=True)[1], 0
-        high = int(times.max())
-    return users.astype(np.int64) * (high - low + 1) + (times - low)
+def _moments(*logs: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
+    """One number per row of each log (users, times) that grows with user, then time: int64."""
+    there = [(users, times) for users, times in logs if len(users)]
+    low = min((int(times.min()) for _, times in there), default=0)
+    span = max((int(times.max()) for _, times in there), default=0) - low + 1
+    most = max((int(users.max()) for users, _ in there), default=0) + 1
+    if span * most >= 2**62:  # ranks are smaller than the times
+        ranks = np.unique(np.concatenate([times for _, times in logs]), return_inverse=True)[1]
+        cuts = np.cumsum([len(users) for users, _ in logs])[:-1]
+        logs = tuple((users, part) for (users, _), part in zip(logs, np.split(ranks, cuts), strict=True))
+        low, span = 0, len(ranks)
+    keys = []
+    for users, times in logs:
+        key = users.astype(np.int64)
+        key *= span
+        key += times
+        key -= low
+        keys.append(key)
+    return keys
 
 
 def k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
@@ -75,12 +85,20 @@ def leave_last_out(users: np.ndarray) -> np.ndarray:
 
     A user with less than three rows has no dev row, one with a single row only trains.
     """
-    _, begins, counts = np.unique(users, return_index=True, return_counts=True)
-    back = np.repeat(begins + counts, counts) - np.arange(len(users)) - 1
-    many = np.repeat(counts, counts)
-    return np.where((back == 0) & (many > 1), TEST, np.where((back == 1) & (many > 2), DEV, TRAIN)).astype(
-        np.uint8
-    )
+    begins = starts_of(users)
+    counts = np.diff(np.append(begins, len(users)))
+    ends = begins + counts
+    part = np.full(len(users), TRAIN, np.uint8)
+    part[ends[counts > 1] - 1] = TEST
+    part[ends[counts > 2] - 2] = DEV
+    return part
+
+
+def starts_of(keys: np.ndarray) -> np.ndarray:
+    """Where each stretch of equal keys begins: [distinct]."""
+    begins = np.ones(len(keys), bool)
+    begins[1:] = keys[1:] != keys[:-1]
+    return np.flatnonzero(begins)
 
 
 def by_time(times: np.ndarray, dev: float, test: float) -> np.ndarray:
@@ -138,8 +156,8 @@ def histories(
 
     It is the last ``longest`` events of that user that are strictly earlier: never one of the same time.
     """
-    moments = _moments(np.concatenate([event_users, users]), np.concatenate([event_times, times]))
-    ends = np.searchsorted(moments[: len(event_users)], moments[len(event_users) :], side="left")
+    events, asked = _moments((event_users, event_times), (users, times))
+    ends = np.searchsorted(events, asked, side="left")
     begins = np.searchsorted(event_users, users, side="left")
     starts = np.maximum(begins, ends - longest)
     return starts, ends - starts

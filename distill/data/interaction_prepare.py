@@ -126,16 +126,18 @@ def prepare(
         items, rows, exposed = _recode(items, rows, exposed, "item")
 
     times = None if tables.time is None else rows[tables.time].to_numpy()
-    order = in_order(rows["user"].to_numpy(), rows["item"].to_numpy(), times)
-    rows = rows[order]
+    codes = rows["user"].to_numpy(), rows["item"].to_numpy()
+    order = in_order(*codes, times)
     if times is None:
-        rows = rows.filter(_first_of_each(rows["user"].to_numpy(), rows["item"].to_numpy()))
+        order = order[_first_of_each(*(code[order] for code in codes))]
     found = Log(
-        rows["user"].to_numpy(),
-        rows["item"].to_numpy(),
-        None if tables.time is None else rows[tables.time].to_numpy(),
-        np.zeros(len(rows), np.uint8),
+        codes[0][order],
+        codes[1][order],
+        None if times is None else times[order],
+        np.zeros(len(order), np.uint8),
     )
+    rest = [name for name in rows.columns if name not in ("user", "item", tables.time)]
+    rows = rows.select(rest)[order] if rest else rows.clear()  # what context features and labels need
     found = replace(found, part=_parts(found, rows, settings, name))
     if (leaks := time_leaks(found)) is not None:
         log.log(logging.WARNING if leaks.own else logging.INFO, "%s", leaks.words(name))
@@ -145,8 +147,8 @@ def prepare(
     known = [f for f in schema if f.side == "user" and f.name not in remembered]
     context = [f for f in schema if f.side == "context"]
     features.fit(
-        user=users[np.unique(found.users[train])],
-        item=items[np.unique(found.items[train])],
+        user=users[np.flatnonzero(np.bincount(found.users[train]))],
+        item=items[np.flatnonzero(np.bincount(found.items[train]))],
         context=rows.filter(train) if context else None,
     )
     encoded = features.encode(items, features.side("item", privileged=True), items[tables.item], "items")

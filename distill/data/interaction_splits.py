@@ -12,7 +12,16 @@ from torch import Tensor
 from distill.batch import Ragged
 from distill.data.feature_schema import Feature
 from distill.data.feature_table import FeatureTable, Visits, Windows, content_keys
-from distill.data.interaction_log import DEV, PARTS, TRAIN, Log, histories, shuffled_rings, windows
+from distill.data.interaction_log import (
+    DEV,
+    PARTS,
+    TRAIN,
+    Log,
+    histories,
+    shuffled_rings,
+    starts_of,
+    windows,
+)
 from distill.data.judged import Judged
 from distill.errors import DataError
 
@@ -71,17 +80,17 @@ def retrieval(data: Prepared, name: str, where: str) -> Judged:
     """Train: a query per interaction, which lists what was taken. Else one per user, with all the part's."""
     rows = data.log.rows(PARTS[name])
     _not_empty(rows, where)
-    each = np.arange(len(rows))
-    queries = each if name == "train" else np.unique(data.log.users[rows], return_index=True)[1]
+    queries = np.arange(len(rows)) if name == "train" else starts_of(data.log.users[rows])
+    lengths = np.diff(np.append(queries, len(rows)))
     asked = rows[queries]  # a query stands at the time of its first row
     users = data.log.users[asked]
-    lengths = np.diff(np.append(queries, len(rows)))
+    groups = _long(users)
     listed = Ragged.of_lengths(_long(data.log.items[rows]), torch.from_numpy(lengths))
     return Judged(
         task="retrieval",
         queries=Visits(
             data.users,
-            _long(users),
+            groups,
             _histories(data, name, asked),
             _long(asked) if name == "train" else None,
             exposed=data.exposed,
@@ -91,7 +100,7 @@ def retrieval(data: Prepared, name: str, where: str) -> Judged:
         labels=torch.ones(len(rows)),
         name=where,
         seen=None if name == "train" else _seen(data, name, users, listed),
-        groups=_long(users),
+        groups=groups,
     )
 
 
@@ -119,16 +128,18 @@ def _histories(data: Prepared, name: str, asked: np.ndarray) -> dict[str, Window
 
 def _seen(data: Prepared, name: str, users: np.ndarray, listed: Ragged) -> Ragged:
     """Per query the items that its user took in earlier parts, without those that it lists."""
-    rows = np.flatnonzero(data.log.part < PARTS[name])
-    owner, items = data.log.users[rows].astype(np.int64), data.log.items[rows]
+    n = len(data.items)
     place = np.full(len(data.users), -1)
     place[users] = np.arange(len(users))
-    query = place[owner]
-    n = len(data.items)
-    wanted = np.repeat(np.arange(len(users)), listed.lengths.numpy()) * n + listed.values.numpy()
-    keys = query * n + items
-    keys = np.sort(keys[(query >= 0) & ~np.isin(keys, wanted)])
+    earlier = data.log.part < PARTS[name]
+    keys = place[data.log.users[earlier]] * n
+    keys += data.log.items[earlier]
+    keys = np.sort(keys[keys >= 0])
     keys = keys[np.diff(keys, prepend=-1) > 0]
+    wanted = np.repeat(np.arange(len(users)), listed.lengths.numpy()) * n + listed.values.numpy()
+    found = np.searchsorted(keys, wanted)
+    there = found[keys[np.minimum(found, len(keys) - 1)] == wanted] if len(keys) else found[:0]
+    keys = np.delete(keys, there)
     return Ragged.of_lengths(_long(keys % n), torch.from_numpy(np.bincount(keys // n, minlength=len(users))))
 
 

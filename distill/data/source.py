@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -187,7 +188,7 @@ class JudgedSource(Source):
         none = torch.empty(0, dtype=torch.int64)
         return self._filled(none, rows.sort().values, none.view(0, 0), none.view(0, 0).bool())
 
-    @property
+    @cached_property
     def _rows(self) -> Tensor:
         """What is shuffled: the queries, or without queries the distinct texts."""
         return self.query_rows if len(self.queries) else self.candidates.same.unique()
@@ -261,7 +262,7 @@ class JudgedSource(Source):
         index[mask] = place[: len(place) - sum(map(len, loose))]
         return distinct, index, draws
 
-    @property
+    @cached_property
     def query_rows(self) -> Tensor:
         """The rows of the queries that batches are made of."""
         if self.with_positive:

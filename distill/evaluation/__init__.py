@@ -1,7 +1,7 @@
 """What a model is worth: metrics, search, fidelity to its teacher, cost, and whether a gain is luck."""
 
 from distill.evaluation.cost import queries_per_second, size_in_mb
-from distill.evaluation.evaluate import Evaluation, check_measurable, evaluate_model
+from distill.evaluation.evaluate import Evaluation, check_measurable, evaluate_model, tells_classes
 from distill.evaluation.fidelity import fidelity
 from distill.evaluation.metrics import (
     Catalogue,
@@ -13,11 +13,11 @@ from distill.evaluation.metrics import (
     parse_metric,
     ranking,
 )
-from distill.evaluation.pair_metrics import fit_threshold, pairs
+from distill.evaluation.pair_metrics import classified, fit_threshold, pairs
 from distill.evaluation.references import REFERENCES, evaluate_reference
 from distill.evaluation.scoring import PairScorer, score_listed
 from distill.evaluation.search import search, top
-from distill.evaluation.significance import Comparison, compare
+from distill.evaluation.significance import Comparison, compare, detectable, holm, power
 
 __all__ = [
     "REFERENCES",
@@ -29,19 +29,24 @@ __all__ = [
     "RankingResult",
     "Run",
     "check_measurable",
+    "classified",
     "compare",
+    "detectable",
     "evaluate_model",
     "evaluate_reference",
     "fidelity",
     "fit_threshold",
     "higher_is_better",
+    "holm",
     "merit",
     "pairs",
     "parse_metric",
+    "power",
     "queries_per_second",
     "ranking",
     "score_listed",
     "search",
     "size_in_mb",
+    "tells_classes",
     "top",
 ]

@@ -19,6 +19,7 @@ from distill.evaluation.scoring import (
     Measured,
     VectorScorer,
     can_search,
+    encodes_apart,
     first_of_bm25,
     id_rank,
     placed,
@@ -75,8 +76,9 @@ def evaluate_model(
     the metrics is a weighted mean over users).
 
     Args:
-        model: An Encoder whose vectors are compared by dot product, or anything with ``score_pairs``; if it
-            has a vector per token, it searches by them.
+        model: An Encoder whose vectors are compared by dot product, or by its own ``score_encoded``, or
+            anything with ``score_pairs``; if it has a vector per token, it searches by them. Pairs whose
+            labels are more than two classes need one that gives logits of them.
         judged: The split; its labels are what is measured against.
         metrics: Names; see ``parse_metric`` for rankings and ``PAIR_METRICS`` for pairs.
         top_k: How deep to search for metrics without a cutoff, as MAP.
@@ -86,7 +88,7 @@ def evaluate_model(
         progress: Show bars.
     """
     check_measurable(judged, metrics, threshold_from)
-    if not can_search(model) and not hasattr(model, "score_pairs"):
+    if not can_search(model) and not encodes_apart(model) and not hasattr(model, "score_pairs"):
         raise TypeError(f"{type(model).__name__} can neither encode rows for a search nor score pairs.")
     if judged.task == "pairs":
         return _evaluate_pairs(model, judged, metrics, threshold_from, progress)
@@ -134,6 +136,9 @@ def check_measurable(judged: Judged, metrics: Sequence[str], threshold_from: Jud
     labels = _labels(judged)
     if judged.task == "pairs":
         pair_metrics.check_pair_metrics(metrics)
+        if tells_classes(judged, metrics):
+            pair_metrics.check_class_metrics(metrics)
+            return
         if pair_metrics.needs_threshold(metrics):
             if threshold_from is None:
                 raise RecipeError(
@@ -170,15 +175,23 @@ def check_measurable(judged: Judged, metrics: Sequence[str], threshold_from: Jud
             )
 
 
+def tells_classes(judged: Judged, metrics: Sequence[str]) -> bool:
+    """Whether classes are measured, and the labels are of more than two: logits must tell them."""
+    several = judged.task == "pairs" and pair_metrics.several_classes(_labels(judged).numpy())
+    return several and not set(pair_metrics.CLASS_METRICS).isdisjoint(metrics)
+
+
 def _evaluate_pairs(
     model: Measured, judged: Judged, metrics: Sequence[str], dev: Judged | None, progress: bool
 ) -> Evaluation:
+    scores, labels = score_listed(model, judged, progress).numpy(), _labels(judged).numpy()
+    if scores.ndim == 2:
+        return _evaluate_classes(scores, labels, judged, metrics)
     threshold = None
     if dev is not None and pair_metrics.needs_threshold(metrics):
         threshold = pair_metrics.fit_threshold(
             score_listed(model, dev, progress).numpy(), _labels(dev).numpy()
         )
-    scores, labels = score_listed(model, judged, progress).numpy(), _labels(judged).numpy()
     users, left_out = _users(judged).numpy(), dict[str, int]()
     means = pair_metrics.pairs(scores, labels, metrics, threshold, users)
     if judged.groups is not None or "GAUC" in metrics:
@@ -186,14 +199,7 @@ def _evaluate_pairs(
         if "GAUC" in metrics:
             left_out = {"users with labels of one kind, of GAUC": int(per_query["GAUC"].isna().sum())}
     else:
-        per_query = pd.DataFrame(
-            {
-                "query": [judged.queries.ids[row] for row in query_of(judged.listed).tolist()],
-                "candidate": [judged.candidates.ids[row] for row in judged.listed.values.tolist()],
-                "score": scores,
-                "label": labels,
-            }
-        )
+        per_query = _per_pair(judged, scores, labels)
         if "Accuracy" in metrics and threshold is not None:
             per_query["Accuracy"] = ((scores.astype(np.float64) >= threshold) == (labels > 0)).astype(float)
     method = "a score per pair"
@@ -213,6 +219,28 @@ def _found(
     place = placed(model, judged, query, candidate, progress)
     first = place < depth
     return query[first], candidate[first], -place[first].float(), place[first].numpy()
+
+
+def _evaluate_classes(
+    logits: np.ndarray, labels: np.ndarray, judged: Judged, metrics: Sequence[str]
+) -> Evaluation:
+    """By logits [n, C] of a classifier, which decides by the largest: its class stands as the score."""
+    means, told = pair_metrics.classified(logits, labels, metrics), logits.argmax(axis=1)
+    per_query = _per_pair(judged, told, labels)
+    if "Accuracy" in metrics:
+        per_query["Accuracy"] = (told == labels).astype(float)
+    return Evaluation(judged.name, "pairs", "the likeliest class per pair", means, per_query, len(told))
+
+
+def _per_pair(judged: Judged, scores: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "query": [judged.queries.ids[row] for row in query_of(judged.listed).tolist()],
+            "candidate": [judged.candidates.ids[row] for row in judged.listed.values.tolist()],
+            "score": scores,
+            "label": labels,
+        }
+    )
 
 
 def _users(judged: Judged) -> Tensor:

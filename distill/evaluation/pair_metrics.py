@@ -170,6 +170,58 @@ def _auc(said: np.ndarray, true: np.ndarray, group: np.ndarray, groups: int) -> 
     return np.divide(above, pairs, out=np.full(groups, np.nan), where=pairs > 0)
 
 
+CLASS_METRICS = ("Accuracy", "F1", "Logloss")
+
+
+def several_classes(labels: Column) -> bool:
+    """Whether labels are the numbers of more than two classes."""
+    true = np.asarray(labels, dtype=np.float64)
+    return bool(len(true) and true.max() > 1 and true.min() >= 0 and np.array_equal(true, true.round()))
+
+
+def check_class_metrics(metrics: Iterable[str]) -> None:
+    """Refuse metrics that more than two classes do not have."""
+    for name in metrics:
+        if name not in CLASS_METRICS:
+            raise RecipeError(
+                f"{name} is not defined for pairs of more than two classes; there are "
+                f"{', '.join(CLASS_METRICS)}."
+            )
+
+
+def classified(logits: np.ndarray, labels: Column, metrics: Sequence[str]) -> dict[str, float]:
+    """Measure logits [n, C] of C classes against one class per pair; F1 is the mean over classes (macro).
+
+    Example:
+        >>> classified(np.array([[2.0, 0.0, 0.0], [0.0, 0.0, 9.0]]), [0, 1], ["Accuracy"])
+        {'Accuracy': 0.5}
+    """
+    check_pair_metrics(metrics)
+    check_class_metrics(metrics)
+    said, true = np.asarray(logits, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    if not np.isfinite(said).all():
+        row = int(np.flatnonzero(~np.isfinite(said).all(axis=1))[0])
+        raise DataError(f"the logits of pair {row} are {said[row].tolist()}; they must be finite.")
+    wrong = (true != true.round()) | (true < 0) | (true >= said.shape[1])
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise DataError(
+            f"the label of pair {row} is {true[row]:g}, and the model's classes are 0 to {said.shape[1] - 1}."
+        )
+    return {name: _class_metric(name, said, true.astype(np.int64)) for name in metrics}
+
+
+def _class_metric(name: str, said: np.ndarray, true: np.ndarray) -> float:
+    if name == "Logloss":
+        log_probabilities = scipy.special.log_softmax(said, axis=1)
+        return float(-log_probabilities[np.arange(len(true)), true].mean())
+    from sklearn import metrics
+
+    if name == "F1":
+        return float(metrics.f1_score(true, said.argmax(axis=1), average="macro", zero_division=0.0))
+    return float(metrics.accuracy_score(true, said.argmax(axis=1)))
+
+
 def fit_threshold(scores: Column, labels: Column) -> float:
     """The threshold that decides most pairs rightly: halfway between two neighbouring scores.
 

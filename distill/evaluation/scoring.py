@@ -42,6 +42,13 @@ class VectorScorer(Protocol):
     def encode_candidates(self, candidates: Any, progress: bool = False) -> Tensor: ...
 
 
+class PairOfVectors(VectorScorer, Protocol):
+    """An Encoder that scores pairs of its vectors by heads of its own: each text is still encoded once."""
+
+    def score_encoded(self, queries: Tensor, candidates: Tensor) -> Tensor:
+        """Scores [n] float32 of n pairs of vectors, on the CPU."""
+
+
 class Combined(Protocol):
     """A model made of others, whose scores of a query's whole list it puts together."""
 
@@ -55,7 +62,7 @@ def is_combined(model: Any) -> TypeGuard[Combined]:
     return hasattr(model, "combined")
 
 
-Measured = VectorScorer | PairScorer | Combined
+Measured = VectorScorer | PairOfVectors | PairScorer | Combined
 
 
 def score(
@@ -72,10 +79,13 @@ def score(
         pair: The features of each pair, by name [T]; None: they are not known.
     """
     query, candidate = judged.queries.same[query], judged.candidates.same[candidate]
-    if can_search(model):
+    if can_search(model) or encodes_apart(model):
         queries, q = _encoded(model.encode_queries, judged.queries, query, progress, model)
         candidates, c = _encoded(model.encode_candidates, judged.candidates, candidate, progress, model)
         parts = zip(q.split(2**14), c.split(2**14), strict=True)
+        if encodes_apart(model):
+            own = (model.score_encoded(queries[i], candidates[j]) for i, j in parts)
+            return torch.cat([torch.empty(0), *own])
         products = torch.cat([torch.empty(0), *((queries[i] * candidates[j]).sum(dim=1) for i, j in parts)])
         return products * torch.as_tensor(model.scale()).detach().cpu()
     if is_combined(model):
@@ -116,6 +126,11 @@ def score_listed(model: Measured, judged: Judged, progress: bool = False) -> Ten
 def can_search(model: Any) -> TypeGuard[VectorScorer]:
     """Whether its vectors can be searched by dot product; another model can only re-rank."""
     return getattr(model, "search", None) == "dot"
+
+
+def encodes_apart(model: Any) -> TypeGuard[PairOfVectors]:
+    """Whether it scores pairs from vectors of its own, by more than their product: it can only re-rank."""
+    return getattr(model, "search", None) == "own"
 
 
 def pair_columns(model: Any) -> list[str]:

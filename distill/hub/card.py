@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from distill.errors import UserError
 
-Kind = Literal["encoder", "multi_vector", "cross_encoder", "recommender", "combined"]
+Kind = Literal["encoder", "multi_vector", "cross_encoder", "own", "recommender", "combined"]
 # library_name, pipeline_tag, further tags
 _HUB_WORDS: dict[str, tuple[str, str | None, list[str]]] = {
     "encoder": (
@@ -26,6 +26,7 @@ _HUB_WORDS: dict[str, tuple[str, str | None, list[str]]] = {
         ["sentence-transformers", "multi-vector", "ColBERT", "feature-extraction"],
     ),
     "cross_encoder": ("sentence-transformers", "text-ranking", ["sentence-transformers", "cross-encoder"]),
+    "own": ("distill", "text-ranking", []),
     "recommender": ("distill", None, ["recommendation"]),
     "combined": ("distill", None, []),
 }
@@ -165,6 +166,7 @@ def _what_it_is(kind: Kind, recipe: Mapping[str, Any], student: str, base_model:
         "encoder": "A text encoder for search: queries and passages become vectors to compare",
         "multi_vector": "A text encoder for search by late interaction: each token becomes a vector",
         "cross_encoder": "A cross-encoder for ranking: it scores a query and a passage read together",
+        "own": "A model for ranking, or for telling classes of pairs of texts, which Distill opens",
         "recommender": "A recommender: users and items become vectors to compare",
         "combined": "Several models as one: the folder says by which rule, and where they are",
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from distill.nn.mlp import in_round_numbers
+
 
 class CrossNetwork(nn.Module):
     r"""Layers that multiply a row with what the layer before made of it.
@@ -35,6 +37,9 @@ class CrossNetwork(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Rows [n, W] to rows [n, W]."""
+        return in_round_numbers(self._crossed, rows)
+
+    def _crossed(self, rows: Tensor) -> Tensor:
         crossed = rows
         for layer in self.layers:
             crossed = rows * layer(crossed) + crossed

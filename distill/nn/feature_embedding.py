@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distill.batch import Ragged, Readable
 from distill.errors import DataError
+from distill.nn.pooling import mean_of_rows
 
 if TYPE_CHECKING:
     from distill.data.feature_schema import Feature
@@ -45,9 +46,7 @@ class Table(nn.Module):
 
     def mean(self, ids: Ragged) -> Tensor:
         """The mean vector [n, dim] of each of n sequences; 0 where one is empty."""
-        return F.embedding_bag(
-            ids.values, self.weight, ids.offsets, mode="mean", sparse=self.sparse, include_last_offset=True
-        )
+        return mean_of_rows(self.weight, ids, self.sparse)
 
 
 class Tables(nn.Module):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.nn.cpu_training import LayerNorm
 from distill.nn.dropout import Dropout
 
+ROUND = 128  # rows
 Activation = Literal["relu", "prelu", "gelu", "silu"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -43,6 +46,22 @@ class MLP(nn.Sequential):
                 layers.append(Dropout(dropout))
         layers.append(nn.Linear([inputs, *widths][-2], widths[-1]))
         super().__init__(*layers)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Rows [n, inputs] to rows [n, widths[-1]]."""
+        return in_round_numbers(super().forward, rows)
+
+
+def in_round_numbers(layers: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """``layers(rows)``, row by row, asked about a multiple of ``ROUND`` rows where that is faster.
+
+    In bf16 on a CPU each shape of a matrix product is compiled when it is first seen, which takes as long as
+    many products; batches have ever new numbers of distinct items.
+    """
+    n = len(rows)
+    if rows.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or n % ROUND == 0:
+        return layers(rows)
+    return layers(F.pad(rows, (0, 0, 0, -n % ROUND)))[:n]
 
 
 def check_layers(widths: Sequence[int], dropout: float, activation: str) -> None:

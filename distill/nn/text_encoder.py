@@ -109,6 +109,7 @@ class TextEncoder(nn.Module):
         tokens: Mapping[str, Head] | None = None,
         layers: Sequence[int] = (),
         attended: Tensor | None = None,
+        hidden: bool = False,
     ) -> dict[str, Tensor]:
         """Several answers from one forward, by name.
 
@@ -119,6 +120,7 @@ class TextEncoder(nn.Module):
             tokens: Heads that answer for each token: [T, ...] float32, aligned with ids.
             layers: Whose queries and keys are answered as ``attention``: [T, l, 2, H, d], aligned with ids.
             attended: How many ids of each text, from the first, are attended to [n]; None: all.
+            hidden: Heads find the last layer in ``hidden_states`` too: of a classifier there is no other way.
         """
         device = next(self.backbone.parameters()).device
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
@@ -136,6 +138,8 @@ class TextEncoder(nn.Module):
 
         def answer(chunk: tuple[Tensor, int]) -> dict[str, Tensor]:
             given, mask = self._given(ids, types, chunk, embedded, attended)
+            if hidden:
+                given["output_hidden_states"] = True
             said = {}
             if layers:
                 with listening(backbone, layers) as heard:
@@ -204,7 +208,7 @@ class TextEncoder(nn.Module):
         chunk: tuple[Tensor, int],
         embedded: Tensor | None,
         attended: Tensor | None,
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    ) -> tuple[dict[str, Any], Tensor]:
         """What the transformer is given of the texts of a chunk, and which of it are real ids: [m, T]."""
         rows, length = chunk
         device = next(self.backbone.parameters()).device
@@ -212,7 +216,7 @@ class TextEncoder(nn.Module):
         seen = mask
         if attended is not None:
             seen = torch.arange(length, device=device) < attended[rows].to(device)[:, None]
-        given = {"attention_mask": seen.long()}
+        given: dict[str, Any] = {"attention_mask": seen.long()}
         if embedded is None:
             given["input_ids"] = padded.long()
         else:

@@ -54,6 +54,11 @@ class TextTokenizer:
         return xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())
 
     @property
+    def has_cls(self) -> bool:
+        """Whether a text begins with a token that stands for all of it."""
+        return self.tokenizer.cls_token_id is not None
+
+    @property
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id
 
@@ -99,6 +104,11 @@ class TextTokenizer:
     def specials(self) -> int:
         """How many ids the frame of one text adds."""
         return sum(map(len, self._frames[0]))
+
+    @property
+    def pair_specials(self) -> int:
+        """How many ids the frame of a pair adds."""
+        return sum(map(len, self._frames[1]))
 
     def frame(self, texts: Ragged, max_length: int, marker: Sequence[int] = ()) -> Ragged:
         """[CLS] marker text [SEP] in this tokenizer's words, at most ``max_length`` ids in all."""
@@ -148,9 +158,9 @@ class TextTokenizer:
     def _cut_pairs(
         self, first: Ragged, second: Ragged, max_length: int, max_first: int
     ) -> tuple[Ragged, Ragged]:
-        specials = sum(map(len, self._frames[1]))
-        first = first.truncate(min(max_first, max_length - specials))
-        return first, second.truncate(max_length - specials - first.lengths)
+        room = max_length - self.pair_specials
+        first = first.truncate(min(max_first, room))
+        return first, second.truncate(room - first.lengths)
 
     def forget(self, words: Sequence[str]) -> None:
         """Cut these words of the vocabulary like any text again, where someone had them left whole."""

@@ -9,6 +9,7 @@ from distill.objectives.bpr import BPR
 from distill.objectives.calibrated_list import CalibratedList
 from distill.objectives.cross_entropy import CrossEntropy
 from distill.objectives.embedding_match import EmbeddingMatch
+from distill.objectives.geometry_alignment import GeometryAlignment
 from distill.objectives.guided_softmax import GuidedSoftmax
 from distill.objectives.hinge import Hinge
 from distill.objectives.lambda_mrr import LambdaMRR
@@ -28,6 +29,7 @@ __all__ = [
     "CalibratedList",
     "CrossEntropy",
     "EmbeddingMatch",
+    "GeometryAlignment",
     "GuidedSoftmax",
     "Hinge",
     "LambdaMRR",

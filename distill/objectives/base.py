@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from distill.batch import Batch
@@ -21,6 +23,27 @@ class Loss(NamedTuple):
     loss: Tensor  # [R] float32
     count: Tensor  # type: ignore[assignment]  # [R] float32
 
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        """What the loss is the sum of, [R] each by name, which the log tells apart; empty: one thing."""
+        return {}
+
+
+class LossOfParts(Loss):
+    """A loss that is the sum of named parts."""
+
+    _parts: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Tensor], count: Tensor) -> LossOfParts:
+        made = cls(torch.stack([*parts.values()]).sum(dim=0), count)
+        made._parts = parts
+        return made
+
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        return self._parts
+
 
 class Objective(nn.Module, ABC):
     """Compares what the student says with what its teacher, or the labels, say.
@@ -30,6 +53,7 @@ class Objective(nn.Module, ABC):
     """
 
     across = False  # True: compares queries with each other
+    least_queries: ClassVar[int] = 0  # a batch of fewer has nothing to compare
     labelled = False  # True: reads batch.labels
     contrasts = False  # True: learns nothing, or nothing but yes, from lists of positives only
 
@@ -50,8 +74,9 @@ class Objective(nn.Module, ABC):
         known before its first backward, however many micro-batches and processes share it."""
 
     @abstractmethod
-    def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
-        """Each row's summed loss: [R] float32, exactly 0 where ``count`` is 0."""
+    def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor | Mapping[str, Tensor]:
+        """Each row's summed loss: [R] float32, exactly 0 where ``count`` is 0; or its parts, by name."""
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Loss:
-        return Loss(self.loss(student, teacher, batch), self.count(batch))
+        said, count = self.loss(student, teacher, batch), self.count(batch)
+        return Loss(said, count) if isinstance(said, Tensor) else LossOfParts.of(said, count)

@@ -53,11 +53,14 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
 
 
-def check_fields(fields: Fields) -> tuple[str, ...]:
+def check_fields(
+    fields: Sequence[str], known: tuple[str, ...] = ("queries", "candidates")
+) -> tuple[str, ...]:
     """The fields of vectors that are named, queries first."""
-    if isinstance(fields, str) or not fields or set(fields) - {"queries", "candidates"}:
-        raise ValueError(f"fields must be a list of queries, candidates or both; got {fields!r}.")
-    return tuple(name for name in ("queries", "candidates") if name in fields)
+    if isinstance(fields, str) or not fields or set(fields) - {*known}:
+        choice = "queries, candidates or both" if len(known) == 2 else f"some of {', '.join(known)}"
+        raise ValueError(f"fields must be a list of {choice}; got {fields!r}.")
+    return tuple(name for name in known if name in fields)
 
 
 def unpadded(values: Tensor, mask: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor, nn
 
 from distill.batch import Batch
 from distill.objectives.base import Objective
-from distill.objectives.checks import Fields, check_choice, check_fields, check_shapes, said
+from distill.objectives.checks import check_choice, check_fields, check_shapes, said, unpadded
 from distill.outputs import Needs, Outputs
+
+FIELDS = ("queries", "candidates", "pair_vectors")
 
 
 def embedding_distance(student: Tensor, teacher: Tensor, distance: str = "cosine") -> Tensor:
-    """How far each student vector is from the teacher's: two [R, D] to [R]."""
+    """How far each student vector is from the teacher's: two [..., D] to [...]."""
     check_shapes(student=student, teacher=teacher)
     student, teacher = student.float(), teacher.float()
     if distance == "mse":
@@ -29,16 +32,17 @@ class EmbeddingMatch(Objective):
     .. math:: L_r = 1 - \cos(W e^S_r, e^T_r) \quad\text{or}\quad L_r = \lVert W e^S_r - e^T_r \rVert^2
 
     with the vectors :math:`e^S_r` of the student and :math:`e^T_r` of the teacher for text r: the batch's
-    queries, then its distinct candidates, each a row of the loss with count 1 (R = B + P). W
-    is a learned linear map, one for both fields, or the identity. A student matched with the identity
+    queries, then its distinct candidates, each a row of the loss with count 1 (R = B + P), or for each
+    listed pair, summed over the pairs of a query (R = B). W
+    is a learned linear map, one for all fields, or the identity. A student matched with the identity
     can search an index its teacher built. W lives in the objective and is gone after training; where
     the student should serve in the teacher's size, give the student a projection instead.
 
-    Needs ``queries`` [B, D] and ``candidates`` [P, D], or the one of them named in ``fields``, from
-    student and teacher.
+    Needs ``queries`` [B, D] and ``candidates`` [P, D], or those named in ``fields``, from student and
+    teacher.
 
     Args:
-        fields: Which vectors to match: "queries", "candidates" or both.
+        fields: Which vectors to match: "queries", "candidates", "pair_vectors".
         distance: "cosine": one minus the cosine, blind to length. "mse": the squared Euclidean
             distance, summed over the D dimensions (not their mean, which would shrink with D).
         projection: True: learn W. False: compare as they are, and refuse vectors of two sizes.
@@ -61,11 +65,11 @@ class EmbeddingMatch(Objective):
 
     def __init__(
         self,
-        fields: Fields = ("queries", "candidates"),
+        fields: Sequence[Literal["queries", "candidates", "pair_vectors"]] = ("queries", "candidates"),
         distance: Literal["cosine", "mse"] = "cosine",
         projection: bool | None = None,
     ):
-        names = check_fields(fields)
+        names = check_fields(fields, FIELDS)
         check_choice("distance", distance, ("cosine", "mse"))
         super().__init__(student_needs=Needs(*names), teacher_needs=Needs(*names))
         self.fields = names
@@ -78,8 +82,8 @@ class EmbeddingMatch(Objective):
         sizes = {(student_sizes[name], teacher_sizes[name]) for name in self.fields}
         if len(sizes) > 1:
             raise ValueError(
-                "EmbeddingMatch has one projection, but queries and candidates differ in size: student "
-                f"{student_sizes}, teacher {teacher_sizes}. Match them with two losses, one field each."
+                f"EmbeddingMatch has one projection, but {' and '.join(self.fields)} differ in size: student "
+                f"{student_sizes}, teacher {teacher_sizes}. Match them with several losses, one field each."
             )
         ((student, teacher),) = sizes
         if self.projection is False and student != teacher:
@@ -94,19 +98,29 @@ class EmbeddingMatch(Objective):
 
     def count(self, batch: Batch) -> Tensor:
         queries, _, candidates = batch.sizes
-        rows = {"queries": queries, "candidates": candidates}
-        return torch.ones(sum(rows[name] for name in self.fields), device=batch.mask.device)
+        counts = {
+            "queries": batch.mask.new_ones(queries),
+            "candidates": batch.mask.new_ones(candidates),
+            "pair_vectors": batch.mask.sum(dim=-1),
+        }
+        return torch.cat([counts[name] for name in self.fields]).float()
 
     def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return torch.cat(
-            [
-                embedding_distance(self.projected(said(student, name)), said(teacher, name), self.distance)
-                for name in self.fields
-            ]
+            [self._distances(name, said(student, name), said(teacher, name), batch) for name in self.fields]
         )
 
+    def _distances(self, name: str, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        """The loss of each row of a field: [B] or [P]."""
+        if name != "pair_vectors":
+            return embedding_distance(self.projected(student), teacher, self.distance)
+        check_shapes(student=student[..., 0], teacher=teacher[..., 0], mask=batch.mask)
+        student, teacher = (unpadded(vectors, batch.mask[..., None]) for vectors in (student, teacher))
+        distances = embedding_distance(self.projected(student), teacher, self.distance)
+        return distances.masked_fill(~batch.mask, 0.0).sum(dim=-1)
+
     def projected(self, vectors: Tensor) -> Tensor:
-        """W times each student vector, or the vectors as they are: [R, D of the teacher]."""
+        """W times each student vector, or the vectors as they are: [..., D of the teacher]."""
         if self.linear is None:
             assert not self.projection, "bind() comes before the first loss"
             return vectors

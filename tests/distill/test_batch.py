@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.batch import Batch, Ragged
+from distill.batch import Batch, ChosenRows, Ragged
 from distill.outputs import Outputs
 
 ROWS = st.lists(st.lists(st.integers(-9, 9), max_size=5), max_size=6)
@@ -170,3 +170,13 @@ def test_every_field_with_rows_says_which():
     """One that does not would be left out of a part without a word."""
     silent = {f.name for f in fields(Batch) if "axis" not in f.metadata}
     assert silent == {"index", "mask", "source", "stored"}
+
+
+def test_chosen_rows_are_gathered_when_somebody_looks():
+    whole = Ragged.of([[1, 2], [], [3], [4, 5, 6]])
+    rows = ChosenRows(whole, torch.tensor([3, 0, 1]))
+    assert "_made" not in vars(rows) and len(rows) == 3
+    again = rows.select(torch.tensor([1, 0])).to("cpu")
+    assert "_made" not in vars(again)
+    assert (rows.tolist(), again.tolist()) == ([[4, 5, 6], [1, 2], []], [[1, 2], [4, 5, 6]])
+    assert again.lengths.tolist() == [2, 3] and "_made" in vars(again)

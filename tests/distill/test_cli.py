@@ -189,7 +189,7 @@ def test_check_says_what_a_run_will_do_and_cost(here):
     done = here("check", here.recipe(), "train.steps=null", "train.epochs=3")
     assert done.code == 0
     assert re.search(r"data +train +8 +20 +8 +8 ", done.out)
-    assert re.search(r"cross +teachers.CrossEncoder +frozen +scores ", done.out)
+    assert re.search(r"cross +teachers.CrossEncoder +frozen +.*pair_vectors, scores ", done.out)
     assert re.search(r"ranking +cross -> student +ScoreKL +1.0", done.out)
     assert "6 steps of 4 queries (3 epochs)" in done.out  # 8 queries, 4 at a time, 3 times
     assert "cross is asked once about 8 pairs" in done.out
@@ -197,6 +197,49 @@ def test_check_says_what_a_run_will_do_and_cost(here):
         "cross is asked up to 24 pairs an epoch as samplers draw" in done.out
     )  # 8 queries with 3 candidates
     assert not here.runs.exists()
+
+
+def test_check_refuses_batches_too_small_for_a_geometry(here):
+    """Of one query there are no neighbours: the loss would be 0 all along."""
+    model = {"type": "teachers.CrossEmbedding", "checkpoint": str(here.encoder)}
+    geometry = {"type": "distill.objectives.GeometryAlignment", "from": "joint", "to": "student"}
+    recipe = here.recipe({"models.joint": model, "losses.geometry": geometry, "train.batch_size": 1})
+    done = here("check", recipe)
+    assert done.code == 2 and "losses.geometry: GeometryAlignment compares the queries" in done.err
+    assert "at least 2, and a batch of data set 'data' holds 1" in " ".join(done.err.split())
+    assert here("check", recipe, "train.batch_size=2").code == 0
+
+
+def test_a_student_of_several_teachers_that_opens_here_alone_is_run_kept_and_measured(here):
+    """Vectors of pairs pass through the teacher store; what was saved says by itself what it is."""
+    match = {"type": "distill.objectives.EmbeddingMatch", "from": "cross", "to": "student"}
+    changes = {
+        "models.student": {"type": "students.TwoRankers", "checkpoint": str(here.encoder)},
+        "models.joint": {"type": "teachers.CrossEmbedding", "checkpoint": str(here.encoder)},
+        "losses.ranking": {**match, "fields": ["pair_vectors"], "distance": "mse", "weight": 0.01},
+        "losses.geometry": {
+            "type": "distill.objectives.GeometryAlignment",
+            "from": "joint",
+            "to": "student",
+        },
+    }
+    recipe = here.recipe(changes)
+    assert here("run", recipe).code == 0
+    folder = here.runs / "tiny"
+    measured = json.loads((folder / "metrics.json").read_text())["models"]
+    assert measured.keys() == {"student", "cross", "joint"}
+    last = json.loads((folder / "history.jsonl").read_text().splitlines()[-1])
+    assert {"loss/geometry/C|Q", "loss/geometry/Q|C", "loss/geometry/Q|Q", "loss/geometry/C|C"} < last.keys()
+    assert "from students import TwoRankers" in (folder / "student" / "README.md").read_text()
+    done = here("evaluate", "tiny", recipe)
+    assert done.code == 0
+    assert f"{measured['student']['metrics']['nDCG@10']:.4f}" in done.out
+    refused = here("index", "tiny", here.corpus, "--output", here.folder / "index")
+    assert refused.code == 2 and "compares query and candidate by more than a product" in " ".join(
+        refused.err.split()
+    )
+    refused = here("check", recipe, "search=[wing]")
+    assert refused.code == 2 and "so it has no index; remove" in " ".join(refused.err.split())
 
 
 def test_check_says_what_a_cached_gradient_costs(here):

@@ -314,7 +314,7 @@ def test_what_an_interrupted_run_did_is_kept(document, tmp_path, trainings, monk
 
 
 def written(recipe, path):
-    path.write_text(run_module._yaml(recipe))
+    path.write_text(run_module.as_yaml(recipe))
     return str(path)
 
 
@@ -431,5 +431,5 @@ def test_a_stored_recipe_says_what_was_said(tmp_path_factory, arguments):
     parts = {"models": {"student": arguments}, "losses": {"a": {}}, "data": {"type": "x", "more": arguments}}
     recipe = check_recipe({"name": "x", **parts}, "")
     path = tmp_path_factory.mktemp("yaml") / "recipe.yaml"
-    path.write_text(run_module._yaml(recipe), encoding="utf-8")
+    path.write_text(run_module.as_yaml(recipe), encoding="utf-8")
     assert read_yaml(path) == recipe.model_dump(mode="json")

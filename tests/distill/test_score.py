@@ -133,12 +133,15 @@ def test_other_settings_of_a_teacher_are_a_miss(key, here):
 
 
 def test_check_says_what_is_judged(here):
-    assert "about 24 pairs" in (out := here("check").out) and "judged" not in out
+    nothing = ("--sample", "0")
+    assert "about 24 pairs" in (out := here("check", *nothing).out) and "judged" not in out
     here("score", "models.cross.max_length=40")
-    assert "24 pairs, about" in (out := here("check").out) and "; 0 of them are judged already" in out
+    assert (
+        "24 pairs, about" in (out := here("check", *nothing).out) and "; 0 of them are judged already" in out
+    )
     here("score")
     path = next(iter(here.blocks()))
-    assert "; 24 of them are judged already" in here("check").out
+    assert "; 24 of them are judged already" in here("check", *nothing).out
     assert path.exists()
 
 

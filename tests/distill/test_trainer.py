@@ -207,6 +207,30 @@ def test_the_loss_is_the_mean_over_what_counts_and_arrows_are_weighted(tmp_path)
         torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-5)
 
 
+class Halves(Objective):
+    """The sum of the scores, told as two parts."""
+
+    def __init__(self):
+        super().__init__(student_needs=Needs("scores"))
+
+    def count(self, batch):
+        return batch.mask.sum(dim=1).float()
+
+    def loss(self, student, teacher, batch):
+        scores = student.scores.masked_fill(~batch.mask, 0.0).sum(dim=1)
+        return {"third": scores / 3, "rest": scores * 2 / 3}
+
+
+def test_the_parts_of_a_loss_are_logged_beside_it_and_counted_once(tmp_path):
+    made = DistillationGraph({"student": Bag()}, [Arrow("x", Halves(), "student", weight=0.5)], {"student"})
+    trainer(tmp_path, made, steps=2, accumulate=2, log_every=1).fit()
+    for line in history(tmp_path):
+        assert line["loss/x/third"] == pytest.approx(line["loss/x"] / 3, rel=1e-5)
+        assert line["loss/x/rest"] == pytest.approx(line["loss/x"] * 2 / 3, rel=1e-5)
+        assert line["loss"] == pytest.approx(0.5 * line["loss/x"], rel=1e-5) != 0
+        assert not any(name.startswith("weight/x/") for name in line)
+
+
 def norms_at_each_step(it):
     norms = []
     it.optimizer.optimizer.register_step_pre_hook(

@@ -82,7 +82,7 @@ def test_represent_answers_the_listed_pairs_and_leaves_the_rest_at_zero(classes,
     model = CrossEncoder(tiny_bert(num_labels=classes), precision="no")
     batch = batch_of(model)
     fields = {1: ("scores",), 2: ("scores", "classes"), 3: ("classes",)}[classes]
-    assert model.provides == {*fields, "joint_attention"}
+    assert model.provides == {*fields, "joint_attention", "pair_vectors"}
     said = dict(model.represent(batch, Needs(*fields)).given())
     assert said.keys() == set(fields)
     rows, places = batch.mask.nonzero(as_tuple=True)
@@ -186,3 +186,30 @@ def test_both_sides_read_one_column(tiny_bert):
 def test_its_encoder_with_a_head_is_not_offered_for_sharing():
     """A bi-encoder over it would find no hidden states, at the first batch."""
     assert CrossEncoder.shares == frozenset()
+
+
+def test_the_vector_of_a_pair_is_the_first_tokens_and_comes_from_the_same_forward(tiny_bert):
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = tiny_bert(num_labels=1)
+    model = CrossEncoder(folder, precision="no", chunk_tokens=60)
+    batch, runs = batch_of(model), []
+    model.encoder.backbone.register_forward_hook(lambda *_: runs.append(1))
+    alone = model.represent(batch, Needs("scores"))
+    once = len(runs)
+    for needs in (Needs("scores", "pair_vectors"), Needs("pair_vectors", "joint_attention", layers=[-1])):
+        runs.clear()
+        said = model.represent(batch, needs)
+        assert len(runs) == once
+        plain, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+        for row, place in batch.mask.nonzero().tolist():
+            pair = tokenizer(QUERIES[row], PASSAGES[batch.index[row, place]], return_tensors="pt")
+            with torch.no_grad():
+                expected = plain(**pair).last_hidden_state[0, 0]
+            torch.testing.assert_close(said.pair_vectors[row, place], expected, atol=1e-5, rtol=1e-5)
+        assert not said.pair_vectors[~batch.mask].any()
+    together = model.represent(batch, Needs("scores", "pair_vectors"))
+    torch.testing.assert_close(together.scores, alone.scores, atol=1e-6, rtol=0)
+    nobody = batch_of(model, mask=((0, 0, 0),) * 3)
+    assert model.represent(nobody, Needs("pair_vectors")).pair_vectors.shape == (3, 3, 32)
+    assert model.sizes["pair_vectors"] == 32

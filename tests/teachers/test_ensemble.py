@@ -306,6 +306,22 @@ def test_a_trained_part_learns_through_an_ensemble_and_a_frozen_ensemble_gives_n
         DistillationGraph({**parts, "all": nodes["all"]}, [labels], ["all"], keep="all").check({"data": True})
 
 
+def test_the_more_confident_teacher_is_heard_more():
+    """Weights are of each query, by what each teacher makes of its labels at its own temperature."""
+    torch.manual_seed(0)
+    parts = {"a": Scores(torch.randn(B, N)), "b": Scores(torch.randn(B, N))}
+    node = Ensemble(parts, "scores", "confidence", {"b": 0.5}, kappa=0.7)
+    batch, needs = Batch.of_scores(B, N), Needs("scores")
+    heard = {name: part.represent(batch, needs) for name, part in parts.items()}
+    said = node.represent_of(heard, batch, needs).scores.detach().numpy()
+    cooled = [parts["a"].said.detach().numpy(), parts["b"].said.detach().numpy() / 0.5]
+    losses = [-np.log(softmax(scores, axis=-1)[:, 0]) for scores in cooled]  # the first is the positive
+    weights = softmax(-np.stack(losses) / 0.7, axis=0)
+    np.testing.assert_allclose(
+        said, weights[0][:, None] * cooled[0] + weights[1][:, None] * cooled[1], rtol=1e-4
+    )
+
+
 def test_labels_that_are_not_there_are_said_before_the_first_step():
     parts = {"a": Vectors(seed=1), "b": Vectors(seed=2)}
     graph = graph_of(parts, weights="confidence")

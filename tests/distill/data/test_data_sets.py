@@ -187,7 +187,7 @@ def test_pairs_are_scaled_and_stay_rows():
 def test_pair_labels_may_be_words():
     rows = pa.table({"text1": ["x"] * 3, "text2": ["a", "b", "c"], "label": ["no", "yes", "perhaps"]})
     judged = TextPairs(train=rows, classes=["no", "perhaps", "yes"]).split("train")
-    assert judged.labels.tolist() == [0.0, 1.0, 0.5]
+    assert judged.labels.tolist() == [0.0, 2.0, 1.0]
     with pytest.raises(DataError, match=r"row 2 .*'perhaps' is none of the classes no, yes"):
         TextPairs(train=rows, classes=["no", "yes"]).split("train")
 

@@ -156,6 +156,25 @@ def test_graded_pairs_are_measured_by_correlation():
     assert result.queries == 3
 
 
+class Sorter:
+    """Logits of three classes of a pair: no, one or more letters more in the candidate."""
+
+    def score_pairs(self, queries, candidates):
+        more = [min(2, max(0, len(c) - len(q))) for q, c in zip(queries, candidates, strict=True)]
+        return 3.0 * torch.nn.functional.one_hot(torch.tensor(more), 3).float()
+
+
+def test_pairs_of_several_classes_are_decided_by_the_likeliest_and_need_no_development_split():
+    split = judged("pairs", ["a", "aa", "a"], ["a", "ab", "abcd"], [[0], [2], [1]], [0, 2, 2])
+    result = evaluate_model(Sorter(), split, ["Accuracy", "F1"])
+    assert result.means["Accuracy"] == pytest.approx(2 / 3) and result.threshold is None
+    assert result.per_query["Accuracy"].tolist() == [1, 1, 0]
+    assert result.per_query["score"].tolist() == [0, 2, 1]
+    assert result.method == "the likeliest class per pair"
+    with pytest.raises(RecipeError, match="AUC is not defined for pairs of more than two classes"):
+        evaluate_model(Sorter(), split, ["Accuracy", "AUC"])
+
+
 def test_binary_pairs_are_decided_by_a_threshold_of_the_development_split():
     dev = judged("pairs", ["a", "aaaa"], ["a"], [[0], [0]], [0, 1])  # scores 1 and 4: threshold 2.5
     test = judged("pairs", ["aa", "aaa", "a"], ["a"], [[0], [0], [0]], [1, 1, 0])  # scores 2, 3, 1

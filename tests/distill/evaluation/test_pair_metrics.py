@@ -7,7 +7,7 @@ from scipy.special import expit, logit
 from sklearn.metrics import roc_auc_score
 
 from distill.errors import DataError, RecipeError
-from distill.evaluation import fit_threshold, pairs
+from distill.evaluation import classified, fit_threshold, pairs
 from distill.evaluation.pair_metrics import per_user
 
 
@@ -149,3 +149,18 @@ def test_half_a_million_pairs_take_a_moment():
         0.5, abs=0.01
     )
     assert time.perf_counter() - start < 8  # about half a second alone on one core
+
+
+def test_several_classes_are_told_by_the_largest_logit():
+    logits = np.array([[2.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 1.0, 0.5], [0.0, 0.0, 9.0]])
+    found = classified(logits, [0, 1, 2, 2], ["Accuracy", "F1", "Logloss"])
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    expected = -np.log(probabilities[range(4), [0, 1, 2, 2]]).mean()
+    assert found["Accuracy"] == 0.75 and found["Logloss"] == pytest.approx(expected)
+    assert found["F1"] == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)  # the mean over classes
+    with pytest.raises(DataError, match="the label of pair 1 is 3, and the model's classes are 0 to 2"):
+        classified(logits[:2], [0, 3], ["Accuracy"])
+    with pytest.raises(RecipeError, match="AUC is not defined for pairs of more than two classes"):
+        classified(logits, [0, 1, 2, 2], ["AUC"])
+    with pytest.raises(DataError, match="the logits of pair 0"):
+        classified(logits * np.nan, [0, 1, 2, 2], ["Accuracy"])

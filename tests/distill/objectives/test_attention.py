@@ -154,6 +154,31 @@ def test_a_student_learns_by_it_in_the_graph(objective, tiny_bert):
     assert all(p.grad is None for p in cross.parameters())
 
 
+@pytest.mark.parametrize("text, side", [(0, "query"), (1, "candidate")])
+@pytest.mark.parametrize("objective", [AttentionMSE("last"), AttentionKL()], ids=lambda o: type(o).__name__)
+def test_tokens_that_only_one_has_read_are_left_out(objective, text, side, tiny_bert):
+    """The end of a text that one of the two had no room for: as if neither had read it."""
+    student, cross = ends(tiny_bert)
+    batch = batch_of(student)
+    with torch.no_grad():
+        said = student.represent(batch, objective.student_needs)
+        told = cross.represent(batch, objective.teacher_needs)
+
+    def cut(tokens, rows, text=0):
+        """Without what follows the second id of a text, in some rows."""
+        row = torch.arange(len(tokens)).repeat_interleave(tokens.lengths)
+        return tokens.keep((tokens.places[:, text] < 2) | ~torch.isin(row, torch.tensor(rows)))
+
+    of_pairs = [0, 1, 2] if text == 0 else [0, 4, 5, 6]  # of query 0; of candidates 0 and 3
+    of_texts = [0] if text == 0 else [0, 3]
+    below = said.with_(**{f"{side}_attention": cut(getattr(said, f"{side}_attention"), of_texts)})
+    above = told.with_(joint_attention=cut(told.joint_attention, of_pairs, text))
+    expected = objective(below, above, batch).loss
+    torch.testing.assert_close(objective(below, told, batch).loss, expected)
+    torch.testing.assert_close(objective(said, above, batch).loss, expected)
+    assert (objective(said, told, batch).loss - expected).abs().max() > 1e-4
+
+
 def test_it_asks_the_teacher_about_the_first_candidates_only(tiny_bert):
     """And what other arrows ask of all pairs is still answered for all."""
     student, cross = ends(tiny_bert)

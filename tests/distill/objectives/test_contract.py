@@ -24,6 +24,10 @@ VARIANTS = [
     objectives.AttentionKL(student="tokens", temperature=0.5),
     objectives.AttentionMSE(layers=[[0, 1]], official=True),
     objectives.EmbeddingMatch(fields=["candidates"], distance="mse", projection=True),
+    objectives.EmbeddingMatch(fields=["queries", "pair_vectors"], distance="mse"),
+    objectives.EmbeddingMatch(fields=["pair_vectors"], projection=True),
+    objectives.GeometryAlignment(kernel="softmax", temperature=0.1, teacher_temperature=0.5),
+    objectives.GeometryAlignment(terms=["Q|Q"]),
     objectives.GuidedSoftmax(temperature=1.0, in_batch=False, relative_margin=0.4),
     objectives.LambdaMRR(groups=[1, 2], temperature=0.5),
     objectives.MarginMSE(pairs="all", scale=2.0),
@@ -31,6 +35,7 @@ VARIANTS = [
     objectives.MarginMSE(pairs="all", in_batch=True),
     objectives.PointwiseScore(loss="bce"),
     objectives.RankNet(temperature=0.5),
+    objectives.RankNet(form="probability"),
     objectives.SampledSoftmax(temperature=1.0, in_batch=False),
     objectives.SampledSoftmax(temperature=1.0, log_q="all"),
     objectives.SampledSoftmax(temperature=1.0, log_q="negatives", in_batch=False),
@@ -39,7 +44,7 @@ VARIANTS = [
     objectives.ScoreKL(in_batch=True),
 ]
 VARIANTS[0].hear()  # a teacher, instead of the labels
-SIZES = {"queries": 4, "candidates": 4, "layers": 2, "heads": 2}
+SIZES = {"queries": 4, "candidates": 4, "pair_vectors": 4, "layers": 2, "heads": 2}
 OBJECTIVES = [cls() for cls in EXPORTED] + VARIANTS
 for objective in OBJECTIVES:
     objective.bind(SIZES, SIZES)
@@ -79,6 +84,9 @@ def outputs(needs, batch: Batch, seed: int = 0) -> Outputs:
         "in_batch": (queries, candidates),
         "queries": (queries, D),
         "candidates": (candidates, D),
+        "pair_vectors": (queries, listed, D),
+        "joint_queries": (queries, listed, D),
+        "joint_candidates": (queries, listed, D),
     }
     random = torch.Generator().manual_seed(seed)
 
@@ -125,7 +133,7 @@ def both(objective, batch: Batch) -> tuple[Outputs, Outputs]:
 
 
 def test_there_are_objectives_to_test():
-    assert len(EXPORTED) == 17
+    assert len(EXPORTED) == 18
     assert all(issubclass(cls, objectives.Objective) for cls in EXPORTED)
     assert {type(variant) for variant in VARIANTS} <= set(EXPORTED)
 

@@ -28,6 +28,19 @@ def test_equals_the_formula_written_out_with_ties_and_a_temperature():
     assert rank([s], [t], temperature=0.05).loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_probability_of_the_wrong_order_is_trmds_loss():
+    loss = rank([[1.2, 0.7]], [[1.0, 0.0]], form="probability").loss
+    assert loss.item() == pytest.approx(1 - np.exp(1.2) / (np.exp(1.2) + np.exp(0.7)), abs=1e-6)
+    assert loss.item() == pytest.approx(0.377541, abs=1e-6)
+    far = rank([[-1e4, 1e4]], [[1.0, 0.0]], form="probability", temperature=0.1).loss
+    assert far.item() == 1.0  # bounded
+
+
+def test_refuses_a_form_it_does_not_know():
+    with pytest.raises(ValueError, match="form must be one of log, probability; got 'square'"):
+        RankNet(form="square")
+
+
 def test_only_the_order_of_the_teacher_counts():
     expected = rank([[1.0, 1.2, 0.3]], [[4.0, 2.0, 1.0]])
     torch.testing.assert_close(rank([[1.0, 1.2, 0.3]], [[1e6, -3.0, -3.1]]), expected)

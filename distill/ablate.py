@@ -1,0 +1,246 @@
+"""What ``distill ablate`` does: every cell of a study is a run, then one table. Next: ``study_table.py``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from distill.console import markdown_table
+from distill.errors import Mistakes, RecipeError, RunError, UserError
+from distill.hub.files import atomic_write_text, read_json
+from distill.jobs import Job, run_jobs
+from distill.lock import only_run_in
+from distill.plan import Plan, heard_by
+from distill.processes import is_first, world
+from distill.run import FINISHED, Runs, as_yaml
+from distill.settings import Recipe, Study
+from distill.study import Cell, cells_of, compared_with, has_own_steps, metrics_of, recipes_of
+from distill.study_plot import plot
+from distill.study_table import RESULTS, Measured, lines, measured_in, table, tabulate
+
+log = logging.getLogger("distill")
+
+
+@dataclass(frozen=True)
+class VariantPlan:
+    """What one variant on one data set will do, in words."""
+
+    data: str
+    variant: str
+    against: str | None
+    losses: tuple[str, ...]
+    teachers: tuple[str, ...]  # frozen, and heard
+    hears: tuple[str, ...]  # data sets of the recipe
+    steps: int
+    costs: tuple[str, ...]
+
+
+@dataclass
+class Ablation:
+    """A study in a folder of runs.
+
+    Args:
+        runs: Where its cells are run, as ``STUDY/[DATA/]VARIANT/seedN``.
+        study: Loaded, hence with recipes that are right as far as names go.
+        jobs: How many cells run at a time, each in a process of its own; 1: here, one after the other.
+        memory: GB that these may take together; None: what is free at the start.
+    """
+
+    runs: Runs
+    study: Study
+    jobs: int = 1
+    memory: float | None = None
+    failed: dict[str, str] = field(default_factory=dict)  # cell -> why
+
+    @property
+    def folder(self) -> Path:
+        return self.runs.folder / self.study.name
+
+    def check(self) -> tuple[list[Cell], list[VariantPlan]]:
+        """All cells, and what each variant does: all that can be known before the first training.
+
+        Raises:
+            UserError: All mistakes of data and graphs; else folders of cells that hold other recipes' runs.
+        """
+        if self.jobs > 1 and world() > 1:
+            raise RecipeError("--jobs starts processes of its own; leave `accelerate launch` out.")
+        study, recipes, mistakes = self.study, recipes_of(self.study), Mistakes()
+        known: set[str] = set()
+        steps: dict[str, int | None] = {}
+        for data, recipe in recipes.plain.items():
+            plan = None if recipe.train.steps else self._plan(recipe, study.recipe, mistakes, known)
+            steps[data] = recipe.train.steps if plan is None else plan.steps
+        plans = []
+        for (data, name), recipe in recipes.variants.items():
+            if (plan := self._plan(recipe, f"variants.{name}", mistakes, known)) is not None:
+                taken = plan.steps if has_own_steps(study, name) else steps[data]
+                plans.append(self._described(plan, data, name, taken or 0))
+        mistakes.report()
+        cells = cells_of(study, recipes, {(plan.data, plan.variant): plan.steps for plan in plans})
+        for cell in cells:
+            with mistakes:
+                self.runs.is_finished(cell.recipe)
+        mistakes.report()
+        return cells, plans
+
+    def _plan(self, recipe: Recipe, where: str, mistakes: Mistakes, known: set[str]) -> Plan | None:
+        """The plan of a recipe; None: it has mistakes, of which those not known yet are told."""
+        try:
+            return self.runs.check(recipe)
+        except UserError as error:
+            for line in str(error).splitlines():
+                if line not in known:
+                    mistakes.add(f"{where}: {line}")
+                known.add(line)
+            return None
+
+    def _described(self, plan: Plan, data: str, name: str, steps: int) -> VariantPlan:
+        heard = dict.fromkeys(arrow.tail for arrow in plan.graph.arrows if arrow.tail is not None)
+        return VariantPlan(
+            data,
+            name,
+            compared_with(self.study, name),
+            tuple(plan.recipe.losses),
+            tuple(tail for tail in heard if tail not in plan.graph.trained),
+            tuple(heard_by(plan.graph, plan.data)),
+            steps,
+            tuple(plan.costs(self.runs.judged(plan))),
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Run the cells that are not finished and compare all that are; returns what ``results.json`` says.
+
+        A cell that fails is told in ``failed``, and the others go on.
+        """
+        cells, _ = self.check()
+        with only_run_in(self.folder) if is_first() else nullcontext():
+            if is_first():
+                atomic_write_text(self.folder / "study.yaml", as_yaml(self.study))
+            waiting = [cell for cell in cells if not self.runs.is_finished(cell.recipe)]
+            log.info("%s: %d cells, %d are finished", self.study.name, len(cells), len(cells) - len(waiting))
+            for name in dict.fromkeys(name for cell in waiting for name in _runs_in(cell.recipe.models)):
+                self.runs.model_of(name)
+            clock = _Clock(len(waiting))
+            if self.jobs == 1:
+                self._one_by_one(waiting, clock)
+            elif waiting:
+                self._several(cells, waiting, clock)
+            return self._compare(cells)
+
+    def _one_by_one(self, waiting: Sequence[Cell], clock: _Clock) -> None:
+        for cell in waiting:
+            began = time.monotonic()
+            try:
+                self.runs.run(cell.recipe)
+            except (RunError, UserError) as error:
+                if world() > 1:
+                    raise  # the others may not know of it
+                self._fail(cell, str(error))
+            clock.finished(cell, time.monotonic() - began)
+
+    def _several(self, cells: Sequence[Cell], waiting: Sequence[Cell], clock: _Clock) -> None:
+        """Run cells in processes of their own; their teachers are asked before, none of them twice."""
+        for first in {(cell.data, cell.variant): cell for cell in reversed(waiting)}.values():
+            self.runs.scoring(first.recipe).fill()
+        memory = self.memory * 1e9 if self.memory is not None else psutil.virtual_memory().available
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+        def room() -> int:
+            peaks = [peak for cell in cells if (peak := self._peak(cell)) is not None]
+            return min(self.jobs, int(memory / (max(peaks) * 1e6))) if peaks else 1
+
+        def finished(job: Job, code: int, seconds: float) -> None:
+            if code:
+                self._fail(job.about, _last_line(job.log))
+            clock.finished(job.about, seconds, room())
+
+        with tempfile.TemporaryDirectory() as folder:
+            run_jobs(
+                [self._job(cell, Path(folder) / f"{place}.yaml") for place, cell in enumerate(waiting)],
+                room,
+                finished,
+                {
+                    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // self.jobs)),
+                    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                },
+            )
+
+    def _job(self, cell: Cell, file: Path) -> Job:
+        file.write_text(as_yaml(cell.recipe), encoding="utf-8")
+        trusted = [word for package in self.runs.trusted for word in ("--trust", package)]
+        more = [*trusted, *(["--overwrite"] if self.runs.overwrite else [])]
+        command = [sys.executable, "-m", "distill", "run", str(file), "--runs", str(self.runs.folder), *more]
+        place = Path(cell.recipe.name).relative_to(self.study.name)
+        return Job(command, self.folder / "logs" / f"{'-'.join(place.parts)}.txt", cell)
+
+    def _peak(self, cell: Cell) -> float | None:
+        """The most memory that a finished cell has held, in MB."""
+        path = self.runs.folder / cell.recipe.name / FINISHED
+        return read_json(path).get("cost", {}).get("peak_memory_mb") if path.exists() else None
+
+    def _fail(self, cell: Cell, why: str) -> None:
+        self.failed[str(cell)] = why
+        log.warning("%s failed: %s", cell, why)
+
+    def _compare(self, cells: Sequence[Cell]) -> dict[str, Any]:
+        recipes, found = recipes_of(self.study), dict[tuple[str, str, int], Measured]()
+        for cell in cells:
+            folder = self.runs.folder / cell.recipe.name
+            if str(cell) not in self.failed and (folder / FINISHED).exists():
+                found[cell.data, cell.variant, cell.seed] = measured_in(folder)
+        results = tabulate(
+            self.study.name,
+            {name: compared_with(self.study, name) for name in self.study.variants},
+            {data: metrics_of(self.study, recipe) for data, recipe in recipes.plain.items()},
+            found,
+        ) | {"seeds": self.study.seeds, "jobs": self.jobs, "failed": self.failed}
+        if is_first():
+            atomic_write_text(self.folder / RESULTS, json.dumps(results, indent=1) + "\n")
+            text = markdown_table(*table(results), text_columns=2 + (len(results["data"]) > 1))
+            atomic_write_text(self.folder / "results.md", "\n\n".join([text, *lines(results)]) + "\n")
+            try:
+                plot(results, self.folder / "plot.png")
+            except UserError as error:
+                log.warning("%s", error)
+        return results
+
+
+class _Clock:
+    """Says how many cells are finished, and how long the others will take if they are like these."""
+
+    def __init__(self, cells: int):
+        self.cells, self.seconds = cells, list[float]()
+
+    def finished(self, cell: Cell, seconds: float, at_once: int = 1) -> None:
+        self.seconds.append(seconds)
+        done, mean = len(self.seconds), sum(self.seconds) / len(self.seconds)
+        left = mean * (self.cells - done) / max(1, at_once)
+        words = f", about {max(1, round(left / 60))} min left" if done < self.cells else ""
+        log.info("%d of %d cells done (%s took %.0f s)%s", done, self.cells, cell, seconds, words)
+
+
+def _runs_in(node: Any) -> Iterator[str]:
+    """The recipes whose models a recipe's nodes ask for (``run:``)."""
+    if isinstance(node, Mapping):
+        if set(node) == {"run"}:
+            yield node["run"]
+        else:
+            yield from (name for value in node.values() for name in _runs_in(value))
+
+
+def _last_line(log: Path) -> str:
+    """What a run that failed said last."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = lines[-1].partition("error: ")[2] or lines[-1] if lines else "it was killed before it said a word"
+    return f"{said} (all of it is in {log})"

@@ -1,0 +1,219 @@
+"""Asks teachers about a sample through the store, and says how healthy they are. Next: ``health.py``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+
+from distill.batch import Ragged
+from distill.data.dataset import DataSet
+from distill.data.judged import Judged, TextTable
+from distill.data.lists import Lists
+from distill.data.source import TextSource, generator_of
+from distill.graph import DistillationGraph
+from distill.health import SHARP, SURE, Health, Said, agreement_of, ailments, examine, misheard
+from distill.outputs import Needs
+from distill.results import NOTHING
+from distill.store import Listener, TeacherMemory, of_pairs
+from distill.store_files import Precision
+
+log = logging.getLogger("distill")
+
+QUERIES = 256  # whose lists are looked at when a run starts
+LONGEST = 32  # candidates of a list that are looked at
+FILLED = 8  # candidates of a list where the data lists positives only
+FIGURES = ("pairs", "mean", "spread", "in lists", "ties", "at the ends", "agreement", "temperature")
+HEADER = ("teacher", "data", "split", *FIGURES)
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A teacher on one split of one data set."""
+
+    teacher: str
+    data: str
+    split: str
+    said: Said
+    health: Health
+
+    def row(self) -> list[str]:
+        h = self.health
+        agreement = NOTHING if h.agreement is None else f"{h.agreement:+.3f}"
+        temperature = NOTHING if h.temperature is None else f"{h.temperature:.2g}"
+        numbers = [
+            f"{h.mean:.3g}",
+            f"{h.spread:.3g}",
+            f"{h.in_list:.3g}",
+            f"{h.ties:.1%}",
+            f"{h.saturation:.1%}",
+        ]
+        return [self.teacher, self.data, self.split, f"{h.pairs:,}", *numbers, agreement, temperature]
+
+
+def health_at_start(memory: TeacherMemory) -> dict[str, Any]:
+    """The health of the teachers that the store holds: warned of in the log, returned for ``metrics.json``.
+
+    Asks nothing, where the memory was filled. Only training data is looked at.
+    """
+    patients = list(_patients(memory, "train", QUERIES))
+    warnings = list(_warnings(memory.graph, patients))
+    for line in warnings:
+        log.warning("%s", line)
+    figures = [{"teacher": one.teacher, "data": one.data, **one.health.to_json()} for one in patients]
+    return {"teachers": figures, "warnings": warnings} if figures else {}
+
+
+def checkup(
+    graph: DistillationGraph,
+    data: Mapping[str, DataSet],
+    precision: Precision,
+    queries: int,
+    without: Collection[str] = (),
+) -> tuple[list[Patient], list[str]]:
+    """The health of frozen teachers on lists of train, and of dev as held out; and what is wrong, in words.
+
+    What is not known of the sample is asked, and kept in the teacher store.
+
+    Args:
+        graph: On its device, with its autocast set.
+        data: By the names that arrows are limited to.
+        queries: How many queries' lists of each split are looked at.
+        without: Teachers that are not to be asked.
+    """
+    patients: list[Patient] = []
+    for name, part in data.items():
+        for split in ("train", "dev"):
+            if "train" not in part.splits or split not in part.splits:
+                continue
+            if (sample := sample_of(part.split(split), queries)) is None:
+                continue
+            source = TextSource(sample, len(sample.queries), int(sample.listed.lengths.max()), name=name)
+            source.prepare(*graph.columns())
+            memory = TeacherMemory(graph, {name: source}, precision, mend=False)
+            memory.listeners = [one for one in memory.listeners if one.name not in without]
+            memory.fill()
+            patients += _patients(memory, split, len(sample.queries))
+    return patients, list(_warnings(graph, patients))
+
+
+def sample_of(judged: Judged, queries: int) -> Judged | None:
+    """The lists of some queries; None: nobody lists anything, or they are no texts.
+
+    Where only positives are listed and others are searched for (retrieval), lists are filled up with
+    candidates drawn at random, which count as not relevant.
+    """
+    asked, there = judged.queries, judged.candidates
+    if not (isinstance(asked, TextTable) and isinstance(there, TextTable)):
+        return None
+    lists = Lists(judged)
+    having = (lists.rows.lengths > 0).nonzero()[:, 0]
+    if not len(having):
+        return None
+    queries *= FILLED if judged.task == "pairs" else 1  # lists of one: as many pairs as elsewhere
+    generator = generator_of(0, len(having))
+    chosen = having[torch.randperm(len(having), generator=generator)[:queries]].sort().values
+    rows = lists.rows.select(chosen).truncate(LONGEST)
+    entries = Ragged(lists.entries, lists.rows.offsets).select(chosen).truncate(LONGEST).values
+    labels = None if judged.labels is None else judged.labels[entries]
+    scores = {name: values[entries] for name, values in judged.scores.items()}
+    if judged.task == "retrieval" and labels is not None and not scores:
+        drawn = torch.randint(len(judged.candidates), (len(chosen), FILLED), generator=generator)
+        drawn = there.same[drawn]
+        new = ~judged.is_positive(chosen[:, None].expand_as(drawn), drawn)
+        new &= torch.arange(FILLED) < (FILLED - rows.lengths)[:, None]
+        more = Ragged.of_lengths(drawn[new], new.sum(1))
+        labels = _beside(
+            Ragged(labels, rows.offsets), Ragged(torch.zeros(len(more.values)), more.offsets)
+        ).values
+        rows = _beside(rows, more)
+    kept, place = rows.values.unique(return_inverse=True)
+
+    def table(of: TextTable, chosen: torch.Tensor) -> TextTable:
+        places = chosen.tolist()
+        return TextTable([of.ids[row] for row in places], [of.texts[row] for row in places])
+
+    return Judged(
+        judged.task,
+        table(asked, chosen),
+        table(there, kept),
+        Ragged(place, rows.offsets),
+        labels,
+        scores,
+        judged.name,
+    )
+
+
+def _beside(one: Ragged, other: Ragged) -> Ragged:
+    """Each row of ``one`` followed by the row of ``other``."""
+    both = Ragged.stack([one, other])
+    n = len(one)
+    order = torch.stack([torch.arange(n), torch.arange(n) + n], dim=1).reshape(-1)
+    return Ragged.of_lengths(both.select(order).values, one.lengths + other.lengths)
+
+
+def _patients(memory: TeacherMemory, split: str, queries: int) -> Iterator[Patient]:
+    for listener in memory.listeners:
+        if (said := _said_by(memory, listener, queries)) is not None:
+            yield Patient(listener.name, listener.data, split, said, examine(said))
+
+
+def _said_by(memory: TeacherMemory, listener: Listener, most: int) -> Said | None:
+    """A teacher's scores of what up to ``most`` queries list; None: what is stored does not tell them."""
+    source, node = listener.source, listener.node
+    queries = source.query_rows[:: max(1, len(source.query_rows) // most)][:most]
+    rows = source.lists.rows.select(queries).truncate(LONGEST)
+    if not len(rows.values):
+        return None
+    entries = Ragged(source.lists.entries, source.lists.rows.offsets).select(queries).truncate(LONGEST).values
+    asked = queries.repeat_interleave(rows.lengths)
+    if listener.name in source.scored:
+        scores = source.judged.scores[listener.name][entries]
+    else:
+        stored = {f for signal in listener.signals.values() for f in signal.fields}
+        if "scores" not in node.provides or not node.represents(Needs("scores")).fields <= stored:
+            return None
+        batch = memory.recall(of_pairs(source, asked, rows.values))
+        said = batch.stored[listener.name].to(node.device)
+        with torch.no_grad():
+            answered = node.compare(said, batch.to(node.device), Needs("scores")).scores
+        assert answered is not None
+        scores = answered.float().cpu()[batch.mask]
+    labels = None if source.judged.labels is None else source.judged.labels[entries].numpy()
+    return Said(scores.numpy(), asked.numpy(), labels)
+
+
+def _warnings(graph: DistillationGraph, patients: Sequence[Patient]) -> Iterator[str]:
+    """What is wrong with each teacher, with how it is heard, and between two of them."""
+    of = {(one.teacher, one.data, one.split): one for one in patients}
+    for (name, data, split), one in of.items():
+        if split != "train":
+            continue
+        where = f"models.{name}" + (f" on {data}" if data != "data" else "")
+        held_out = of.get((name, data, "dev"))
+        for line in ailments(one.health, None if held_out is None else held_out.health):
+            yield f"{where}: {line}."
+        for arrow in graph.arrows if one.health.in_list <= SHARP else ():
+            temperature = getattr(arrow.objective, "teacher_temperature", None)
+            hears = arrow.tail == name and (arrow.data is None or data in arrow.data)
+            if hears and temperature is not None and "scores" in arrow.objective.teacher_needs:
+                for line in misheard((held_out or one).health, temperature):
+                    yield f"losses.{arrow.name}: {where}: {line}."
+    for one, other in combinations([one for one in patients if one.split == "train"], 2):
+        if one.data == other.data and np.array_equal(one.said.lists, other.said.lists):
+            yield from _between(one, other)
+
+
+def _between(one: Patient, other: Patient) -> Iterator[str]:
+    found, luck = agreement_of(one.said, other.said.scores)
+    if len(found) and luck is not None and luck < SURE:
+        mean, names = float(found.mean()), f"models.{one.teacher} and models.{other.teacher}"
+        if mean < 0:
+            yield f"{names} teach opposite orders (agreement {mean:+.2f}): one of them is wrong."
+        elif mean > 0.995:
+            yield f"{names} put nearly all candidates in one order (agreement {mean:+.3f}): one adds nothing."

@@ -1,0 +1,226 @@
+"""Whether a teacher is worth listening to: what its scores look like, and what is wrong with them, in words.
+
+Next: ``checkup.py``, which asks teachers about a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import scipy
+
+SURE = 0.01  # how unlikely luck must be before something is said of agreement
+LEAST = 5  # lists that are needed to say it
+FLAT, SHARP = (
+    0.05,
+    50.0,
+)  # spread in a list, over the temperature, at which a softmax says nothing or one thing
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a teacher said of a split: n scores, the list each is in, and its label.
+
+    Args:
+        scores: [n]
+        lists: [n] which query's list; a list of one is compared with nothing.
+        labels: [n]; None: the data has none.
+    """
+
+    scores: np.ndarray
+    lists: np.ndarray
+    labels: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Health:
+    """Figures of one teacher on one split.
+
+    Args:
+        pairs: How many scores there are.
+        mean: Of all scores.
+        spread: Their standard deviation.
+        in_list: The standard deviation inside lists: what a student can learn of an order. Where lists are of
+            one, that of all.
+        ties: Share of comparisons inside lists in which both scores are equal.
+        saturation: Share of scores at the very ends of the scale, within a thousandth of the whole range.
+        agreement: How much more often two candidates with different labels are ordered rightly than wrongly:
+            1 always, 0 as a coin, -1 never. Mean over lists; where no list has two labels, over all pairs.
+        luck: How likely an agreement so far from 0 is if the teacher knows nothing; None: it is not known.
+        lists: How many lists the agreement is over.
+        temperature: At which the teacher's softmax over a list is as sure as it is right; without labels, at
+            which its scores spread by 1.
+    """
+
+    pairs: int
+    mean: float
+    spread: float
+    in_list: float
+    ties: float
+    saturation: float
+    agreement: float | None
+    luck: float | None
+    lists: int
+    temperature: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine(said: Said) -> Health:
+    """The figures of what a teacher said."""
+    scores = said.scores.astype(np.float64)
+    rows = _rows(said.lists)
+    longer = [row for row in rows if len(row) > 1] or [np.arange(len(scores))]
+    inside = math.sqrt(np.mean([scores[row].var() for row in longer]))
+    span = float(np.ptp(scores))
+    at_the_ends = np.minimum(scores - scores.min(), scores.max() - scores) <= 1e-3 * span
+    agreements, luck = (np.empty(0), None) if said.labels is None else agreement_of(said, said.labels)
+    return Health(
+        pairs=len(scores),
+        mean=float(scores.mean()),
+        spread=float(scores.std()),
+        in_list=inside,
+        ties=float(np.mean([_ties(scores[row]) for row in longer])),
+        saturation=float(at_the_ends.mean()),
+        agreement=float(agreements.mean()) if len(agreements) else None,
+        luck=luck,
+        lists=len(agreements),
+        temperature=_temperature(scores, rows, said.labels, inside),
+    )
+
+
+def agreement_of(said: Said, others: np.ndarray) -> tuple[np.ndarray, float | None]:
+    """How far scores and ``others`` (labels, another teacher's scores) order candidates alike, list by list.
+
+    Returns the agreement of each list in which the others differ (of all pairs as one list, where there is no
+    such list), and how likely a mean so far from 0 is by luck.
+    """
+    found = np.array([
+        _concordance(said.scores[row], others[row]) for row in _rows(said.lists) if np.ptp(others[row]) > 0
+    ])  # fmt: skip
+    if len(found):
+        if len(found) < LEAST:
+            return found, None
+        if np.ptp(found) == 0:
+            return found, 1.0 if found[0] == 0 else 0.0
+        return found, float(scipy.stats.ttest_1samp(found, 0.0).pvalue)
+    if len(others) < LEAST or np.ptp(others) == 0:
+        return found, None
+    whole = _concordance(said.scores, others)
+    known = np.ptp(said.scores) > 0
+    return np.array([whole]), float(scipy.stats.kendalltau(said.scores, others).pvalue) if known else 1.0
+
+
+def ailments(train: Health, held_out: Health | None = None) -> Iterator[str]:
+    """What is wrong with a teacher, in words; nothing, where it is healthy.
+
+    Args:
+        train: On the split whose pairs the student hears it about.
+        held_out: On one that it was not trained on, where there is one.
+    """
+    if train.in_list <= 1e-6 * max(1e-30, abs(train.mean)) or train.spread == 0:
+        yield "it says the same of all candidates of a list, so there is nothing to learn from it"
+        return
+    best = held_out if held_out is not None and held_out.luck is not None else train
+    if best.agreement is not None and best.luck is not None:
+        over = f"{best.lists:,} lists" if best.lists > 1 else f"{best.pairs:,} pairs"
+        told = f"agreement {best.agreement:+.2f} with the labels, over {over}"
+        if best.luck < SURE and best.agreement < 0:
+            yield f"it puts candidates in the wrong order ({told}): is its score a distance, or negated?"
+        elif best.luck >= SURE:
+            yield (
+                f"its order cannot be told from a random one ({told}): do its scores belong to these pairs, "
+                f"and its checkpoint to this task?"
+            )
+    if train.ties > 0.5:
+        yield f"{train.ties:.0%} of its comparisons inside lists are ties"
+    elif train.saturation > 0.3:
+        yield (
+            f"{train.saturation:.0%} of its scores stand at the ends of their range: they were squashed (a "
+            f"sigmoid, a cut); give its raw logits"
+        )
+    if train.in_list > SHARP:
+        yield (
+            f"its scores spread by {train.in_list:,.0f} inside a list: regression on them would diverge, and "
+            f"a softmax say one candidate; divide them, or use a temperature near {_short(train.temperature)}"
+        )
+    if held_out is not None and _learnt_by_heart(train, held_out):
+        yield (
+            f"it knows the training labels ({train.agreement:+.2f}) far better than others "
+            f"({held_out.agreement:+.2f}): it repeats what it was trained on; out-of-fold scores teach more"
+        )
+
+
+def misheard(health: Health, temperature: float) -> Iterator[str]:
+    """What is wrong with hearing a teacher's softmax over a list at a temperature."""
+    ratio = health.in_list / temperature
+    near = f"a temperature near {_short(health.temperature)} suits it"
+    if 0 < ratio < FLAT:
+        yield f"at temperature {_short(temperature)} its softmax is nearly even over a list; {near}"
+    elif ratio > SHARP:
+        yield f"at temperature {_short(temperature)} its softmax is nearly one candidate; {near}"
+
+
+def _learnt_by_heart(train: Health, held_out: Health) -> bool:
+    """Whether agreement falls by more than a fifth and more than luck."""
+    if train.agreement is None or held_out.agreement is None or min(train.lists, held_out.lists) < LEAST:
+        return False
+    error = 0.5 * math.sqrt(1 / train.lists + 1 / held_out.lists)  # a list's own lies within -1 and 1
+    return train.agreement - held_out.agreement > max(0.2, 2.6 * error)
+
+
+def _rows(lists: np.ndarray) -> Sequence[np.ndarray]:
+    """The places of each list."""
+    order = np.argsort(lists, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(lists[order])) + 1)
+
+
+def _concordance(scores: np.ndarray, others: np.ndarray) -> float:
+    """(right - wrong) / all, over the pairs of places in which ``others`` differ."""
+    one, two = np.triu_indices(len(scores), 1)
+    direction = np.sign(others[one] - others[two])
+    return float((np.sign(scores[one] - scores[two]) * direction).sum() / np.abs(direction).sum())
+
+
+def _ties(scores: np.ndarray) -> float:
+    counts = np.unique(scores, return_counts=True)[1]
+    return float((counts * (counts - 1)).sum() / (len(scores) * (len(scores) - 1)))
+
+
+def _temperature(
+    scores: np.ndarray, rows: Sequence[np.ndarray], labels: np.ndarray | None, inside: float
+) -> float | None:
+    """The temperature whose softmax gives the labels the highest likelihood; see :class:`Health`.
+
+    References:
+        Guo et al., 2017. On Calibration of Modern Neural Networks. arXiv:1706.04599
+    """
+    if inside == 0:
+        return None
+    told = (
+        [] if labels is None else [row for row in rows if np.ptp(labels[row]) > 0 and labels[row].min() >= 0]
+    )
+    if not told or labels is None:
+        return inside
+    places = np.concatenate(told)
+    starts = np.cumsum([0, *map(len, told[:-1])])
+    wanted = np.concatenate([labels[row] / labels[row].sum() for row in told])
+
+    def loss(log_temperature: float) -> float:
+        logits = scores[places] / math.exp(log_temperature)
+        return float(np.logaddexp.reduceat(logits, starts).sum() - (wanted * logits).sum())
+
+    middle = math.log(inside)
+    found = scipy.optimize.minimize_scalar(loss, bounds=(middle - 5, middle + 5), method="bounded")
+    return (
+        math.exp(found.x) if found.x < middle + 4.5 else None
+    )  # at the end of the search: it is never right
+
+
+def _short(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2g}"

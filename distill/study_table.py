@@ -1,0 +1,294 @@
+"""What a study found: figures and tests per variant, and the table of them. Next: ``study_plot.py``."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from distill.evaluation import higher_is_better
+from distill.evaluation.significance import (
+    CONFIDENCE,
+    POWER,
+    compare,
+    detectable,
+    holm,
+    mean_over_seeds,
+)
+from distill.hub.files import read_json
+from distill.results import NOTHING
+
+RESULTS = "results.json"
+Place = tuple[str, str, int]  # data set, variant, seed
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one finished cell reached and cost."""
+
+    metrics: Mapping[str, float | None]
+    dev: Mapping[str, float]
+    per_query: pd.DataFrame
+    cost: Mapping[str, Any]
+    queries_per_second: float | None = None
+    teachers: Mapping[str, Mapping[str, float | None]] | None = None  # metrics of those that were measured
+
+
+def measured_in(folder: Path) -> Measured:
+    """Read a finished run."""
+    said = read_json(folder / "metrics.json")
+    models, keep = said["models"], said["keep"]
+    path = folder / "per_query.parquet"
+    frame = pd.read_parquet(path) if path.exists() else pd.DataFrame({"model": []})
+    return Measured(
+        models[keep].get("metrics", {}),
+        said["dev"],
+        frame[frame["model"] == keep].reset_index(drop=True),
+        said.get("cost", {}),
+        models[keep].get("queries_per_second"),
+        {name: entry.get("metrics", {}) for name, entry in models.items() if name != keep},
+    )
+
+
+def tabulate(
+    study: str,
+    variants: Mapping[str, str | None],
+    metrics: Mapping[str, Sequence[str]],
+    measured: Mapping[Place, Measured],
+    resamples: int = 9999,
+) -> dict[str, Any]:
+    """Everything that a study found, as plain data.
+
+    A variant is compared with its baseline over the seeds that both have finished: each query's value is
+    averaged over these seeds, then compared query by query. Holm's correction is over all comparisons of the
+    study in one metric. The winner is the variant that is best on dev; only its test is not corrected for the
+    others, since dev chose it.
+
+    Args:
+        variants: Each with the variant it is compared with; None: a baseline.
+        metrics: By data set; the first decides.
+        measured: What the finished cells reached.
+        resamples: Of each interval and each test.
+    """
+    sets: dict[str, dict[str, Any]] = {
+        data: {
+            "metrics": list(names),
+            "variants": {
+                name: _summary(_cells(measured, data, name), names)
+                for name in variants
+                if _cells(measured, data, name)
+            },
+            "teachers": _teachers(measured, data),
+        }
+        for data, names in metrics.items()
+    }
+    for data, found in sets.items():
+        for name, entry in found["variants"].items():
+            if (against := variants[name]) is not None:
+                pairs = _paired(measured, data, against, name)
+                tested = {metric: _tested(pairs, metric, resamples) for metric in found["metrics"]}
+                entry |= {"against": against, "tests": {m: test for m, test in tested.items() if test}}
+    for metric in dict.fromkeys(metric for names in metrics.values() for metric in names):
+        _correct([
+            entry["tests"][metric]
+            for found in sets.values()
+            for entry in found["variants"].values()
+            if metric in entry.get("tests", {})
+        ])  # fmt: skip
+    winners = {data: _winner(found, variants) for data, found in sets.items()}
+    _correct([winner["test"] for winner in winners.values() if winner and winner["test"]])
+    for data, winner in winners.items():
+        sets[data]["winner"] = winner
+    return {"study": study, "confidence": CONFIDENCE, "power": POWER, "data": sets}
+
+
+def _cells(measured: Mapping[Place, Measured], data: str, variant: str) -> dict[int, Measured]:
+    """A variant's finished cells by seed."""
+    return {seed: cell for (d, v, seed), cell in measured.items() if (d, v) == (data, variant)}
+
+
+def _summary(cells: Mapping[int, Measured], metrics: Sequence[str]) -> dict[str, Any]:
+    """Means over seeds, and their spread."""
+    cost = [cell.cost for cell in cells.values()]
+    answers = [sum(one.get("teacher_answers", {}).values()) for one in cost]
+    return {
+        "seeds": list(cells),
+        "metrics": {
+            metric: _spread([cell.metrics.get(metric) for cell in cells.values()]) for metric in metrics
+        },
+        "dev": {metric: _spread([cell.dev.get(metric) for cell in cells.values()]) for metric in metrics},
+        "cost": {
+            "seconds": _mean([one.get("seconds") for one in cost]),
+            "tokens": _mean([one.get("tokens") for one in cost]),
+            "teacher_answers": _mean(answers),
+            "teacher_calls": sum(sum(one.get("teacher_calls", {}).values()) for one in cost),
+            "teacher_seconds": round(sum(one.get("teacher_seconds", 0.0) for one in cost), 2),
+        },
+        "queries_per_second": _mean([cell.queries_per_second for cell in cells.values()]),
+    }
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, Any]:
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return {
+        "mean": statistics.mean(known) if known else None,
+        "spread": statistics.stdev(known) if len(known) > 1 else None,  # over seeds
+        "values": list(values),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
+
+
+def _teachers(measured: Mapping[Place, Measured], data: str) -> dict[str, dict[str, float | None]]:
+    """Metrics of the teachers, each as the first cell that measured it says."""
+    found: dict[str, dict[str, float | None]] = {}
+    for (of, _, _), cell in measured.items():
+        for name, metrics in (cell.teachers or {}).items() if of == data else ():
+            found.setdefault(name, dict(metrics))
+    return found
+
+
+def _paired(
+    measured: Mapping[Place, Measured], data: str, against: str, variant: str
+) -> list[tuple[Measured, Measured]]:
+    """Baseline and variant of each seed that both have finished."""
+    before, after = _cells(measured, data, against), _cells(measured, data, variant)
+    return [(before[seed], after[seed]) for seed in after if seed in before]
+
+
+def _tested(pairs: Sequence[tuple[Measured, Measured]], metric: str, resamples: int) -> dict[str, Any] | None:
+    """Interval and test of one comparison; None: there is no value per query."""
+    if not pairs or any(metric not in cell.per_query for pair in pairs for cell in pair):
+        return None
+    before, after = ([pair[side].per_query for pair in pairs] for side in (0, 1))
+    if len(before[0]) < 2:
+        return None
+    found = compare(
+        mean_over_seeds(before, metric), mean_over_seeds(after, metric), metric, resamples=resamples
+    )
+    sign = 1 if higher_is_better(metric) else -1
+    gains = [sign * (pair[1].metrics[metric] - pair[0].metrics[metric]) for pair in pairs]  # type: ignore[operator]
+    return found._asdict() | {
+        "seeds": len(pairs),
+        "better": sum(gain > 0 for gain in gains),  # on how many seeds
+        "detectable": detectable(found.spread, found.queries),
+    }
+
+
+def _correct(tests: Sequence[dict[str, Any]]) -> None:
+    """Add the p-value that counts how many tests there are."""
+    for test, corrected in zip(tests, holm([test["p_value"] for test in tests]), strict=True):
+        test["p_holm"] = corrected
+
+
+def _winner(found: Mapping[str, Any], variants: Mapping[str, str | None]) -> dict[str, Any] | None:
+    """The variant that is best on dev, of those that share the study's baseline, and its one test."""
+    metric = found["metrics"][0]
+    study_baseline = [name for name, against in variants.items() if against is None]
+    dev = {
+        name: entry["dev"][metric]["mean"]
+        for name, entry in found["variants"].items()
+        if variants[name] in study_baseline and entry["dev"][metric]["mean"] is not None
+    }
+    if not dev:
+        return None
+    sign = 1 if higher_is_better(metric) else -1
+    best = max(dev, key=lambda name: sign * dev[name])
+    test = found["variants"][best]["tests"].get(metric)
+    alone = {key: value for key, value in test.items() if key != "p_holm"} if test else None
+    return {"variant": best, "metric": metric, "dev": dev[best], "of": len(dev), "test": alone}
+
+
+def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a study's table, from what ``results.json`` says: a row per metric and variant."""
+    sets = results["data"]
+    several = len(sets) > 1
+    confidence = f"{results['confidence']:.0%} interval"
+    header = [
+        *(["data"] if several else []),
+        "variant",
+        "metric",
+        "mean",
+        "± seeds",
+        "difference",
+        confidence,
+    ]
+    header += ["p", "p (Holm)", "seeds better", "answers", "M tokens", "seconds", "queries/s"]
+    rows = []
+    for data, found in sets.items():
+        for place, metric in enumerate(found["metrics"]):
+            for name, entry in found["variants"].items():
+                value, test = entry["metrics"][metric], entry.get("tests", {}).get(metric)
+                told = _told(test) if test else [NOTHING] * 5
+                cost = _cost(entry) if place == 0 else [""] * 4
+                where = [data] if several else []
+                rows.append(
+                    [*where, name, metric, _four(value["mean"]), _four(value["spread"]), *told, *cost]
+                )
+    return header, rows
+
+
+def _told(test: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{test['difference']:+.4f}",
+        f"{test['low']:+.4f} to {test['high']:+.4f}",
+        f"{test['p_value']:.2g}",
+        f"{test['p_holm']:.2g}",
+        f"{test['better']} of {test['seeds']}",
+    ]
+
+
+def _cost(entry: Mapping[str, Any]) -> list[str]:
+    cost, speed = entry["cost"], entry["queries_per_second"]
+    tokens, seconds = cost["tokens"], cost["seconds"]
+    return [
+        f"{cost['teacher_answers']:,.0f}",
+        NOTHING if tokens is None else f"{tokens / 1e6:.2f}",
+        NOTHING if seconds is None else f"{seconds:,.0f}",
+        NOTHING if speed is None else f"{speed:,.0f}",
+    ]
+
+
+def _four(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.4f}"
+
+
+def lines(results: Mapping[str, Any]) -> Iterator[str]:
+    """What stands below the table: teachers, the winner and its test, what was left out or failed."""
+    for data, found in results["data"].items():
+        where = f"{data}: " if data else ""
+        for name, metrics in found["teachers"].items():
+            values = ", ".join(f"{metric} {_four(metrics.get(metric))}" for metric in found["metrics"])
+            yield f"{where}teacher {name}: {values}"
+        yield f"{where}{_won(found.get('winner'), results['power'])}"
+    yield (
+        "Differences are over queries, each query's value averaged over seeds; answers: texts and pairs that "
+        "teachers were heard about; tokens and seconds: of one training, without asking teachers."
+    )
+    if results.get("jobs", 1) > 1:
+        yield f"{results['jobs']} trainings ran at a time, which seconds and queries/s suffer from."
+    for cell, why in results.get("failed", {}).items():
+        yield f"failed: {cell}: {why}"
+
+
+def _won(winner: Mapping[str, Any] | None, likely: float) -> str:
+    if winner is None:
+        return "no winner: dev was not measured, so there is nothing fair to choose by"
+    metric, test = winner["metric"], winner["test"]
+    chosen = f"winner: {winner['variant']}, the best of {winner['of']} on dev ({metric} {winner['dev']:.4f})"
+    if test is None:
+        return f"{chosen}; no test: {metric} has no value per query, or no seed is finished on both sides"
+    difference, interval, *_ = _told(test)
+    return (
+        f"{chosen}; tested once: {difference} {metric} ({interval}, p = {test['p_holm']:.2g}, "
+        f"{test['queries']:,} queries). With {likely:.0%} power this test would find a difference of "
+        f"{test['detectable']:.4f}."
+    )

@@ -1,0 +1,368 @@
+"""A study from end to end, on tiny models: what it shares, what it leaves, and what it does not do twice."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pytest
+import torch
+
+from distill.cli import main
+from distill.evaluation import compare
+from distill.run import Runs
+from distill.trainer import Trainer
+from teachers import CrossEncoder
+
+TOPICS = ["river water ship", "cell protein gene", "wing flow jet", "music book film", "cat dog bird"]
+CROSS = {"type": "distill.objectives.ScoreKL", "from": "cross", "to": "student"}
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Seen(NamedTuple):
+    """What one training was given: its run, steps, first weights, and the queries of its batches."""
+
+    name: str
+    steps: int
+    first: dict[str, torch.Tensor]
+    queries: list[list[int]]
+
+
+class Place:
+    """A folder with data, a recipe, a study of it, and a teacher store of its own."""
+
+    def __init__(self, folder: Path, tiny_bert):
+        self.folder, self.runs = folder, folder / "runs"
+        for split in ("train", "dev", "test"):
+            rows = [
+                {"query": f"what is {TOPICS[q % 5]} {q}", "candidate": f"{TOPICS[(q + c) % 5]} {split} {c}",
+                 "label": int(c == 0)}
+                for q in range(10) for c in range(4)
+            ]  # fmt: skip
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        texts = "".join(json.dumps({"text": f"a {topic}"}) + "\n" for topic in TOPICS)
+        (folder / "texts.jsonl").write_text(texts)
+        bert = {"type": "students.BiEncoder", "checkpoint": str(tiny_bert(layers=1))}
+        splits = {split: f"{split}.jsonl" for split in ("train", "dev", "test")}
+        self.recipe: dict[str, Any] = {
+            "name": "tiny",
+            "data": {
+                "lists": {"type": "distill.data.Groups", "path": str(folder), "candidates": 4, **splits},
+                "texts": {"type": "distill.data.Texts", "path": str(folder), "train": "texts.jsonl"},
+            },
+            "models": {
+                "student": {**bert, "dropout": 0.1},
+                "bi": bert,
+                "cross": {"type": "teachers.CrossEncoder", "checkpoint": str(tiny_bert(1, num_labels=1))},
+            },
+            "losses": {
+                "labels": {"type": "distill.objectives.SampledSoftmax", "to": "student", "data": ["lists"]},
+                "order": {**CROSS, "data": ["lists"]},
+                "vectors": {"type": "distill.objectives.EmbeddingMatch", "from": "bi", "to": "student"},
+            },
+            "train": {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3, "mixed_precision": "no"},
+            "evaluate": {"metrics": ["nDCG@10", "MRR@10"]},
+            "baseline": True,
+        }
+        self.study: dict[str, Any] = {
+            "name": "mine/study",
+            "recipe": str(folder / "tiny.yaml"),
+            "seeds": [1, 2],
+            "baseline": "alone",
+            "variants": {
+                "alone": {"drop": ["losses.order", "losses.vectors", "models.cross", "models.bi"]},
+                "taught": {"drop": ["losses.vectors", "models.bi"]},
+                "all": {},
+            },
+        }
+
+    def __call__(self, command: str, *arguments: str) -> Done:
+        (self.folder / "tiny.yaml").write_text(json.dumps(self.recipe))
+        path = self.folder / "study.yaml"
+        path.write_text(json.dumps(self.study))
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as end,
+        ):
+            main([command, str(path), *arguments, "--runs", str(self.runs)])
+        return Done(end.value.code, out.getvalue(), err.getvalue())
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return json.loads((self.runs / "mine/study/results.json").read_text())
+
+
+def watch(monkeypatch, asked: list[int] | None = None) -> list[Seen]:
+    """Each training that happens, and how many pairs the cross-encoder is asked about in training."""
+    seen: list[Seen] = []
+    fit, batch, represent = Trainer.fit, Trainer._batch, CrossEncoder.represent
+
+    def watched_fit(self):
+        student = self.graph.nodes[self.graph.keep]
+        first = {name: p.detach().clone() for name, p in student.named_parameters()}
+        seen.append(Seen("/".join(self.folder.parts[-2:]), self.progress.steps, first, []))
+        return fit(self)
+
+    def watched_batch(self, place):
+        made = batch(self, place)
+        if made.source == "lists":
+            seen[-1].queries.append(made.query_ids.tolist())
+        return made
+
+    def watched_represent(model, given, needs):
+        if asked is not None:
+            asked.append(int(given.mask.sum()))
+        return represent(model, given, needs)
+
+    monkeypatch.setattr(Trainer, "fit", watched_fit)
+    monkeypatch.setattr(Trainer, "_batch", watched_batch)
+    monkeypatch.setattr(CrossEncoder, "represent", watched_represent)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_bert):
+    place = Place(tmp_path_factory.mktemp("study"), tiny_bert)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("DISTILL_STORE", str(place.folder / "store"))
+        monkeypatch.setitem(place.recipe["evaluate"], "teachers", False)
+        asked: list[int] = []
+        seen = watch(monkeypatch, asked)
+        done = place("ablate")
+    return place, done, seen, asked
+
+
+@pytest.fixture
+def here(tmp_path, tiny_bert, monkeypatch) -> Place:
+    monkeypatch.setenv("DISTILL_STORE", str(tmp_path / "store"))
+    place = Place(tmp_path, tiny_bert)
+    place.recipe["train"]["steps"] = 1
+    place.recipe["evaluate"]["teachers"] = False
+    place.study["variants"].pop("all")
+    return place
+
+
+def test_every_cell_is_an_ordinary_run(finished):
+    place, done, seen, _ = finished
+    assert done.code == 0, done.err
+    assert [one.name for one in seen] == [
+        f"{variant}/seed{seed}" for seed in (1, 2) for variant in ("alone", "taught", "all")
+    ]
+    folder = place.runs / "mine/study"
+    assert {path.name for path in folder.iterdir()} == {
+        "alone", "taught", "all", "study.yaml", "results.json", "results.md", "plot.png",
+    }  # fmt: skip
+    for cell in folder.glob("*/seed*"):
+        assert (cell / "student/model.safetensors").exists() and not (cell / "baseline").exists()
+    recipe = Runs(place.runs).load(folder / "all/seed2/recipe.yaml")
+    assert recipe.name == "mine/study/all/seed2" and Runs(place.runs).is_finished(recipe)
+
+
+def test_variants_share_first_weights_steps_and_order_and_ask_once(finished):
+    _, _, seen, asked = finished
+    assert {one.steps for one in seen} == {
+        5
+    }  # 3 of the lists and 2 of the texts, also where these are not heard
+    for seed in (0, 3):
+        alone, taught, everything = seen[seed : seed + 3]
+        assert alone.queries == taught.queries and len(alone.queries) == 5
+        assert everything.queries == alone.queries[: len(everything.queries)]
+        for other in (taught, everything):
+            assert all(torch.equal(other.first[name], first) for name, first in alone.first.items())
+    assert seen[0].queries != seen[3].queries
+    assert sum(asked) == 40  # the pairs that are listed, once for all variants and seeds
+
+
+def test_the_results_are_those_of_the_runs(finished):
+    place, done, _, _ = finished
+    results = place.results["data"][""]
+    runs = place.runs / "mine/study"
+
+    def run(variant: str, seed: int) -> tuple[dict[str, Any], pd.DataFrame]:
+        frame = pd.read_parquet(runs / f"{variant}/seed{seed}/per_query.parquet")
+        measured = json.loads((runs / f"{variant}/seed{seed}/metrics.json").read_text())
+        return measured, frame[frame["model"] == "student"].sort_values("query", ignore_index=True)
+
+    values = [run("all", seed)[0]["models"]["student"]["metrics"]["nDCG@10"] for seed in (1, 2)]
+    assert results["variants"]["all"]["metrics"]["nDCG@10"]["values"] == values
+    dev = [run("all", seed)[0]["dev"]["nDCG@10"] for seed in (1, 2)]
+    assert results["variants"]["all"]["dev"]["nDCG@10"]["values"] == dev
+    means = []
+    for variant in ("alone", "all"):
+        one, two = (run(variant, seed)[1] for seed in (1, 2))
+        means.append(one.assign(**{"nDCG@10": (one["nDCG@10"] + two["nDCG@10"]) / 2}))
+    test = results["variants"]["all"]["tests"]["nDCG@10"]
+    again = compare(*means, "nDCG@10")
+    assert test["difference"] == pytest.approx(again.difference)
+    assert test["low"] == pytest.approx(again.low, abs=0.02) and test["queries"] == 10
+    best = max(("taught", "all"), key=lambda name: results["variants"][name]["dev"]["nDCG@10"]["mean"])
+    assert results["winner"]["variant"] == best
+    assert re.search(rf"^winner: {best}, the best of 2 on dev", done.out, re.M)
+    row = re.search(r"^  all +nDCG@10 +(\S+) +(\S+) +([+-]\S+) ", done.out, re.M)
+    assert row is not None and row[1] == f"{sum(values) / 2:.4f}" and row[3] == f"{test['difference']:+.4f}"
+    text = (runs / "results.md").read_text()
+    assert text.startswith("| variant | metric | mean |") and "winner: " in text
+
+
+def test_the_cost_is_what_each_would_cost_alone(finished):
+    """The second variant finds the store filled by the first; what it needs is still said."""
+    found = finished[0].results["data"][""]["variants"]
+    assert found["alone"]["cost"]["teacher_answers"] == 0
+    assert found["taught"]["cost"]["teacher_answers"] == 40 and found["taught"]["cost"]["teacher_calls"] == 40
+    answers = found["all"]["cost"]["teacher_answers"]
+    assert answers > 40 and found["all"]["cost"]["teacher_calls"] == answers - 40
+    assert found["alone"]["cost"]["tokens"] > 0 and found["alone"]["cost"]["seconds"] > 0
+
+
+def test_progress_and_time_left_are_said(finished):
+    err = finished[1].err
+    assert "mine/study: 6 cells, 0 are finished" in err
+    assert re.search(r"2 of 6 cells done \(taught, seed 1 took \d+ s\), about \d+ min left", err)
+
+
+def test_a_finished_study_trains_nothing_and_says_the_same(finished, monkeypatch):
+    place, first, _, _ = finished
+    monkeypatch.setitem(place.recipe["evaluate"], "teachers", False)
+    seen = watch(monkeypatch)
+    again = place("ablate")
+    assert again.code == 0 and seen == [] and again.out == first.out
+
+
+def test_check_says_what_the_variants_do_and_what_is_done(finished, monkeypatch):
+    place, _, _, _ = finished
+    monkeypatch.setitem(place.recipe["evaluate"], "teachers", False)
+    done = place("check", "seeds=[1, 2, 3]")
+    assert done.code == 0, done.err
+    assert re.search(r"all +alone +labels, order, vectors +cross, bi +lists, texts +5 ", done.out)
+    assert re.search(r"alone +labels +lists +5 ", done.out)
+    assert "9 trainings, seeds 1, 2, 3; 6 are finished" in done.out
+    assert "cross is asked once about 40 pairs" in done.out
+
+
+def test_an_interrupted_study_goes_on_without_repeating(here, monkeypatch):
+    """Ctrl-C in the second cell: the first is kept, the second goes on, and the end is as if nothing was."""
+    fit, count = Trainer.fit, []
+
+    def interrupted(self):
+        count.append(self.folder.name)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        return fit(self)
+
+    monkeypatch.setattr(Trainer, "fit", interrupted)
+    stopped = here("ablate", "seeds=[1]")
+    assert stopped.code == 1 and "The same command goes on from there" in stopped.err
+    assert not (here.runs / "mine/study/results.json").exists()
+    monkeypatch.setattr(Trainer, "fit", fit)
+    seen = watch(monkeypatch)
+    done = here("ablate", "seeds=[1]")
+    assert done.code == 0 and [one.name for one in seen] == ["taught/seed1"]
+    assert "2 cells, 1 are finished" in done.err
+    seen.clear()
+    assert here("ablate").code == 0 and [one.name for one in seen] == ["alone/seed2", "taught/seed2"]
+
+
+def test_a_cell_that_fails_is_told_and_the_others_are_compared(here, monkeypatch):
+    from distill.errors import RunError
+
+    fit = Trainer.fit
+
+    def failing(self):
+        if self.folder.parts[-2:] == ("taught", "seed1"):
+            raise RunError("step 1: the loss of losses.order became nan.")
+        return fit(self)
+
+    monkeypatch.setattr(Trainer, "fit", failing)
+    done = here("ablate")
+    assert done.code == 1 and "1 trainings failed, see above" in done.err
+    assert "failed: taught, seed 1: step 1: the loss of losses.order became nan" in done.out
+    test = here.results["data"][""]["variants"]["taught"]["tests"]["nDCG@10"]
+    assert test["seeds"] == 1
+    monkeypatch.setattr(Trainer, "fit", fit)
+    seen = watch(monkeypatch)
+    assert here("ablate").code == 0 and [one.name for one in seen] == ["taught/seed1"]
+
+
+def test_a_variant_that_changed_is_refused_before_anything_runs_unless_it_may_overwrite(here, monkeypatch):
+    assert here("ablate", "seeds=[1]").code == 0
+    here.study["variants"]["taught"]["set"] = {"losses.order.temperature": 2}
+    seen = watch(monkeypatch)
+    refused = here("ablate", "seeds=[1]")
+    assert refused.code == 2 and seen == []
+    assert "taught/seed1 holds a run of another recipe (other: losses)" in refused.err
+    assert here("ablate", "seeds=[1]", "--overwrite").code == 0
+    assert [one.name for one in seen] == ["taught/seed1"]
+
+
+def test_what_only_the_graph_shows_is_found_before_the_first_training(here, monkeypatch):
+    """And said once, of the recipe, where no variant is to blame."""
+    here.study["variants"]["bad"] = {"set": {"losses.order.type": "distill.objectives.EmbeddingMatch"}}
+    seen = watch(monkeypatch)
+    done = here("ablate")
+    assert done.code == 2 and seen == []
+    assert "variants.bad: losses.order: EmbeddingMatch needs" in done.err
+    here.recipe["data"]["lists"]["test"] = "nowhere.jsonl"
+    said = here("ablate").err
+    assert said.count("nowhere.jsonl") == 1
+
+
+def test_without_matplotlib_there_is_everything_but_the_plot(here, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = here("ablate", "seeds=[1]")
+    assert done.code == 0 and "pip install 'distill-search[plots]'" in done.err
+    assert {path.name for path in (here.runs / "mine/study").glob("*.*")} == {
+        "study.yaml", "results.json", "results.md",
+    }  # fmt: skip
+
+
+def test_as_many_run_at_a_time_as_memory_holds_once_it_is_known_what_one_takes(here, monkeypatch):
+    """Nothing is known before the first has ended; a cell that was measured before counts too."""
+    asked: list[int] = []
+
+    def looked_at(jobs, room, finished, environment):
+        for place, peak in enumerate((400, 1100)):
+            asked.append(room())
+            folder = here.runs / jobs[place].about.recipe.name
+            folder.mkdir(parents=True)
+            (folder / "metrics.json").write_text(json.dumps({"cost": {"peak_memory_mb": peak}}))
+        asked.append(room())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distill.ablate.run_jobs", looked_at)
+    assert here("ablate", "--jobs", "4", "--memory", "2.5").code == 1
+    assert asked == [1, 4, 2]
+
+
+@pytest.mark.slow
+def test_cells_run_side_by_side_end_as_one_after_the_other(here):
+    """In processes of their own: equal losses, the teacher asked before, a failure told from its log."""
+    assert here("ablate", "name=alone", "seeds=[1]").code == 0
+    here.study["variants"].pop("alone")
+    here.study["baseline"] = "taught"
+    here.study["variants"]["late"] = {"set": {"losses.order.weight": 1e38, "train.learning_rate": 1e30}}
+    done = here("ablate", "seeds=[1]", "--jobs", "2", "--memory", "64")
+    assert done.code == 1, done.err
+    assert re.search(r"failed: late, seed 1: step \d+: .* \(all of it is in .*late-seed1.txt\)", done.out)
+    one, two = (
+        json.loads((here.runs / study / "taught/seed1/history.jsonl").read_text().splitlines()[0])
+        for study in ("alone", "mine/study")
+    )
+    speed = {"tokens_per_second": 0}
+    assert {**one, **speed} == pytest.approx({**two, **speed}, rel=1e-4)
+    cost = json.loads((here.runs / "mine/study/taught/seed1/metrics.json").read_text())["cost"]
+    assert cost["teacher_calls"] == {} and cost["teacher_answers"] == {"cross": 40}
+    assert "2 trainings ran at a time" in done.out

@@ -1,0 +1,152 @@
+"""What a study's tests are worth: how often they see what is not there, and what is."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from distill.errors import UserError
+from distill.evaluation import detectable, holm, power
+from distill.evaluation.significance import mean_over_seeds
+from distill.study_plot import plot
+from distill.study_table import Measured, lines, table, tabulate
+
+ALONE = {"none": None, "kl": "none"}
+
+
+def cell(values, dev=0.5, metric="MAP", **cost) -> Measured:
+    """A run that reached these values, a query each."""
+    frame = pd.DataFrame({"query": [f"q{row}" for row in range(len(values))], metric: values})
+    mean = float(np.mean(values))
+    return Measured({metric: mean}, {metric: dev}, frame, {"seconds": 2.0, "tokens": 1000, **cost}, 100.0)
+
+
+def study(draw, gain, queries=40, seeds=3, spread=0.2):
+    """Two variants over the same hard and easy queries; each training has luck of its own with each query."""
+    hard = draw.uniform(size=queries)
+    return {
+        ("", name, seed): cell(hard + mean + draw.normal(0, spread, queries))
+        for name, mean in (("none", 0.0), ("kl", gain))
+        for seed in range(seeds)
+    }
+
+
+def p_values(gain, repeats=1000, **kinds):
+    draw = np.random.default_rng(7)
+    found = []
+    for _ in range(repeats):
+        results = tabulate("s", ALONE, {"": ["MAP"]}, study(draw, gain, **kinds), resamples=199)
+        found.append(results["data"][""]["variants"]["kl"]["tests"]["MAP"]["p_value"])
+    return np.array(found)
+
+
+def test_a_study_of_equals_rejects_as_often_as_it_says():
+    """1,000 studies; 5 % of them may, and three standard errors of that are 2 %."""
+    p = p_values(0.0)
+    assert (p <= 0.05).mean() == pytest.approx(0.05, abs=0.021)
+    assert (p <= 0.5).mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_planted_difference_is_found_at_the_power_computed():
+    spread = 0.2 * np.sqrt(2 / 3)  # of a query's difference, each side a mean of three trainings
+    gain = detectable(spread, 40)
+    assert power(gain, spread, 40) == pytest.approx(0.8)
+    assert (p_values(gain, repeats=400) <= 0.05).mean() == pytest.approx(0.8, abs=0.06)
+
+
+def test_power_is_that_of_the_t_test():
+    """The numbers of a power table: 34 pairs for half a standard deviation, at 0.05 and 80 %."""
+    assert power(0.5, 1.0, 34) == pytest.approx(0.808, abs=0.001)
+    assert power(0.0, 1.0, 34) == pytest.approx(0.05)
+    assert detectable(2.0, 34, likely=0.808) == pytest.approx(1.0, abs=0.002)
+    assert detectable(0.0, 34) == 0.0 and detectable(1.0, 2) > 5
+
+
+def test_holm_is_that_of_a_worked_example():
+    """Four tests: 0.005 counts 4 times, 0.01 3 times, 0.03 twice; 0.04 is no better than the one before."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == [] and holm([0.2]) == [0.2]
+
+
+def test_seeds_are_averaged_query_by_query_whatever_their_order():
+    one, two = cell([0.0, 0.5, 1.0]).per_query, cell([1.0, 0.5, 0.5]).per_query
+    shuffled = two.iloc[[2, 0, 1]].reset_index(drop=True)
+    assert mean_over_seeds([one, shuffled], "MAP")["MAP"].tolist() == [0.5, 0.5, 0.75]
+
+
+def test_a_variant_is_compared_over_the_seeds_that_both_have():
+    measured = {
+        ("", "none", 1): cell([0.0, 0.0, 0.0, 0.0]),
+        ("", "none", 2): cell([0.5, 0.5, 0.5, 0.5]),
+        ("", "kl", 2): cell([0.75, 0.75, 0.75, 0.5]),
+        ("", "kl", 3): cell([9.0, 9.0, 9.0, 9.0]),
+    }
+    kl = tabulate("s", ALONE, {"": ["MAP"]}, measured)["data"][""]["variants"]["kl"]
+    assert kl["tests"]["MAP"]["difference"] == pytest.approx(0.1875)
+    assert (kl["tests"]["MAP"]["seeds"], kl["tests"]["MAP"]["better"]) == (1, 1)
+    assert kl["metrics"]["MAP"]["values"] == [0.6875, 9.0] and kl["metrics"]["MAP"]["spread"] > 5
+
+
+def test_all_comparisons_of_a_metric_count_and_the_winners_alone_does_not():
+    variants = {"none": None, "a": "none", "b": "none", "c": "a"}
+    draw = np.random.default_rng(0)
+    measured = {
+        (data, name, 1): cell(draw.normal(0.1 * place, 1, 50), dev=dev)
+        for data in ("x", "y")
+        for place, (name, dev) in enumerate(zip(variants, (0.9, 0.3, 0.2, 0.8), strict=True))
+    }
+    results = tabulate("s", variants, {"x": ["MAP"], "y": ["MAP"]}, measured, resamples=999)
+    assert [row[:2] for row in table(results)[1]] == [[d, name] for d in ("x", "y") for name in variants]
+    found = results["data"]
+    tests = [found[d]["variants"][name]["tests"]["MAP"] for d in ("x", "y") for name in ("a", "b", "c")]
+    assert [test["p_holm"] for test in tests] == holm([test["p_value"] for test in tests])
+    winners = [found[data]["winner"] for data in ("x", "y")]
+    assert [winner["variant"] for winner in winners] == ["a", "a"]  # c has another baseline, none is one
+    assert [winner["test"]["p_holm"] for winner in winners] == holm(
+        [tests[0]["p_value"], tests[3]["p_value"]]
+    )
+
+
+def test_a_metric_that_is_better_when_lower_wins_low():
+    measured = {
+        ("", name, 1): cell(values, dev, "Logloss")
+        for name, values, dev in (
+            ("none", [2.0, 1.0], 2.0), ("a", [1.0, 0.5], 0.5), ("b", [3.0, 2.0], 3.0),
+        )
+    }  # fmt: skip
+    variants = {"none": None, "a": "none", "b": "none"}
+    found = tabulate("s", variants, {"": ["Logloss"]}, measured)["data"][""]
+    assert found["winner"]["variant"] == "a"
+    assert [found["variants"][name]["tests"]["Logloss"]["better"] for name in ("a", "b")] == [1, 0]
+
+
+def test_without_values_per_query_or_dev_there_are_means_and_no_test():
+    bare = Measured({"Spearman": 0.8}, {}, pd.DataFrame({"query": ["a", "b"]}), {})
+    results = tabulate("s", ALONE, {"": ["Spearman"]}, {("", name, 1): bare for name in ALONE})
+    assert results["data"][""]["variants"]["kl"]["tests"] == {} and results["data"][""]["winner"] is None
+    header, rows = table(results)
+    assert rows[1][header.index("mean")] == "0.8000" and rows[1][header.index("p")] == "—"
+    assert "no winner: dev was not measured" in "\n".join(lines(results))
+
+
+def test_the_table_and_the_lines_say_what_the_figures_are(tmp_path):
+    measured = study(np.random.default_rng(1), 0.2)
+    answers = {"teacher_answers": {"bi": 700, "cross": 300}, "teacher_calls": {"bi": 700}}
+    measured["", "kl", 0] = cell(measured["", "kl", 0].per_query["MAP"], dev=0.9, **answers)
+    results = json.loads(json.dumps(tabulate("s", ALONE, {"": ["MAP"]}, measured, resamples=999)))
+    header, rows = table(results)
+    none, kl = (dict(zip(header, row, strict=True)) for row in rows)
+    test = results["data"][""]["variants"]["kl"]["tests"]["MAP"]
+    assert kl["difference"] == f"{test['difference']:+.4f}" and kl["seeds better"] == "3 of 3"
+    assert (none["difference"], none["p (Holm)"], none["answers"], kl["answers"]) == ("—", "—", "0", "333")
+    (won,) = [line for line in lines(results) if line.startswith("winner: kl, the best of 1 on dev")]
+    assert f"would find a difference of {test['detectable']:.4f}" in won
+    plot(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_plot_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"pip install 'distill-search\[plots\]'"):
+        plot({}, tmp_path / "plot.png")
