@@ -76,6 +76,7 @@ def test_in_batch_negatives_count_as_often_as_they_were_drawn_unless_they_are_th
     scores = [[1.0, 0.5, 2.0, -1.0], [0.5, 0.0, 1.0, 9.0]]
     assert in_batch(scores).tolist() == pytest.approx([(3 * 0.5 + 2.0 + 0) / 5, (0.5 + 3 * 0.0) / 4])
     assert in_batch(scores, hardest=1).tolist() == pytest.approx([2.0, 0.5])
+    assert in_batch(scores, hardest=2).tolist() == pytest.approx([(0.5 + 2.0) / 2, (0.5 + 0.0) / 2])
     warp = in_batch(scores, hardest=1, warp=10).tolist()
     assert warp == pytest.approx([2.0 * math.log(1 + 10 * 4 / 5), 0.5 * math.log(1 + 10 * 1 / 4)])
 

@@ -1,6 +1,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -183,6 +184,16 @@ def test_the_correction_comes_after_the_temperature():
         Outputs(in_batch=torch.tensor([[1.0, 0.5, 0.25]])), None, batch
     ).loss
     assert loss.item() == pytest.approx(0.946044, abs=2e-6)
+
+
+def test_the_refined_correction_equals_its_formula_written_out_in_numpy():
+    """Where the positive's share is not one half, which its complement would equal."""
+    s, q = np.array([2.0, 1.0, 0.5]), np.array([0.2, 0.4, 0.1])
+    corrected_scores = s[1:] - np.log(q[1:] / (1 - q[0]))
+    ratio = np.log(np.exp(corrected_scores).sum()) - s[0]
+    odds = np.exp([s[0], *(corrected_scores - np.log(2))])
+    expected = (1 - odds[0] / odds.sum()) * ratio
+    assert corrected("refined", q=tuple(q.tolist())).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_refined_weight_passes_no_gradient():
