@@ -30,7 +30,7 @@ from distill.data import Judged, NearestNegatives, TextTable  # noqa: E402
 from distill.graph import DistillationGraph  # noqa: E402
 from distill.model import Encoder  # noqa: E402
 from distill.outputs import Needs, Outputs  # noqa: E402
-from distill.progress import peak_memory
+from distill.progress import peak_memory  # noqa: E402
 
 BOUND = 4.0  # GB
 

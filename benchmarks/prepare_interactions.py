@@ -118,7 +118,7 @@ def measured(side: str, path: Path) -> None:
 
 
 def peak_gb() -> float:
-    """The most memory this process held at any time: its resident set, in GB; 0 where the system is no Linux."""
+    """The most memory this process held at any time: its resident set, in GB."""
     status = Path("/proc/self/status")
     held = status.read_text().partition("VmHWM:")[2].split()[0] if status.exists() else 0
     return int(held) * 1024 / 1e9

@@ -17,6 +17,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "recipes"
 README = Path(__file__).parent.parent / "recipes" / "README.md"
+KEPT = ("keep", "steps", "best_step", "dev", "cost", "models", "references", "comparison")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
@@ -39,7 +40,7 @@ def run(recipe: str, seeds: list[int], overrides: list[str], variant: str) -> No
             "seed": seed,
             "command": " ".join(["distill run", recipe, *overrides, *own_name]),
             "environment": environment(),
-            **{key: metrics[key] for key in ("keep", "steps", "best_step", "dev", "models", "comparison")},
+            **{key: metrics[key] for key in KEPT if key in metrics},
         }
         path = RESULTS / f"{name.replace('/', '.')}.seed{seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,14 +54,14 @@ def table() -> None:
         result = json.loads(path.read_text())
         groups.setdefault((result["recipe"], result["variant"]), []).append(result)
     lines = [
-        "| recipe | metric | seeds | without teachers | with teachers | teachers | gap closed |",
+        "| recipe | metric | seeds | without teachers | kept model | teachers, references | gap closed |",
         "|---|---|---|---|---|---|---|",
     ]
     for (recipe, variant), results in sorted(groups.items()):
         metric = next(iter(results[0]["models"][results[0]["keep"]]["metrics"]))
 
         def of(model: str, results=results, metric=metric) -> list[float]:
-            return [r["models"][model]["metrics"][metric] for r in results]
+            return [{**r["models"], **r.get("references", {})}[model]["metrics"][metric] for r in results]
 
         keep = results[0]["keep"]
         teachers = [name for name in results[0]["models"] if name not in (keep, "baseline")]
@@ -76,7 +77,7 @@ def table() -> None:
             str(len(results)),
             _spread(of("baseline")) if has_baseline else "-",
             _spread(of(keep)),
-            ", ".join(f"{name} {_spread(of(name))}" for name in teachers) or "-",
+            ", ".join(f"{n} {_spread(of(n))}" for n in [*teachers, *results[0].get("references", {})]) or "-",
             closed,
         ]
         lines.append(f"| {' | '.join(cells)} |")
