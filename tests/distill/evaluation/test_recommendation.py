@@ -59,7 +59,7 @@ class Ranker:
 
     def __init__(self, *context: str):
         self.reads = Columns(pair=[SimpleNamespace(key=name) for name in context])
-        self.provides = frozenset({"scores"})
+        self.provides, self.measurable = frozenset({"scores"}), True
         self.asked: list[tuple[int, list[str]]] = []
 
     def score_pairs(self, queries, candidates, pair):
