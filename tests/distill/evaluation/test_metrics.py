@@ -1,6 +1,5 @@
 import math
 import random
-import time
 
 import ir_measures
 import numpy as np
@@ -159,7 +158,7 @@ def test_ranking_equals_ir_measures_on_random_rankings(seed):
         )
 
 
-def test_6040_users_at_depth_100_take_a_moment():
+def test_6040_users_at_depth_100():
     draw = np.random.default_rng(0)
     users, depth = 6040, 100
     run = Run(
@@ -168,9 +167,7 @@ def test_6040_users_at_depth_100_take_a_moment():
         draw.standard_normal(users * depth),
     )
     qrels = Qrels(np.arange(users), draw.integers(0, 3706, users), np.ones(users))
-    start = time.perf_counter()
     result = ranking(run, qrels, ["nDCG@10", "Recall@100", "MRR", "HitRate@10"])
-    assert time.perf_counter() - start < 4  # about 0.4 s alone on one core; a dictionary per query took 5 s
     assert result.means["Recall@100"] == pytest.approx(100 / 3706, abs=0.006)
 
 

