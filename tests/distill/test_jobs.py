@@ -11,6 +11,14 @@ import pytest
 from distill.jobs import Job, run_jobs
 
 
+@pytest.fixture
+def heeds_interrupts():
+    """As a shell's command in the foreground does; in the background it would inherit to ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def jobs(folder, *programs):
     return [
         Job([sys.executable, "-c", program], folder / f"{place}.txt", place)
@@ -49,7 +57,7 @@ def test_no_more_run_than_there_is_room_for(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_who_is_stopped_interrupts_what_runs_and_waits_for_it(number, tmp_path):
+def test_who_is_stopped_interrupts_what_runs_and_waits_for_it(number, tmp_path, heeds_interrupts):
     program = (
         "import sys, time\n"
         "try:\n"
