@@ -120,8 +120,8 @@ def measured(side: str, path: Path) -> None:
 def peak_gb() -> float:
     """The most memory this process held at any time: its resident set, in GB."""
     status = Path("/proc/self/status")
-    held = status.read_text().partition("VmHWM:")[2].split()[0] if status.exists() else 0
-    return int(held) * 1024 / 1e9
+    held = status.read_text().partition("VmHWM:")[2].split()[:1] if status.exists() else []
+    return int(held[0]) * 1024 / 1e9 if held else 0.0
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

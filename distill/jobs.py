@@ -69,7 +69,13 @@ def _start(job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},
             start_new_session=True,  # a terminal's Ctrl-C reaches us alone, and we pass it on once
+            preexec_fn=_heed_interrupts,
         )
+
+
+def _heed_interrupts() -> None:
+    """A command in the background of a shell inherits to ignore them, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

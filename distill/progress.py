@@ -68,8 +68,8 @@ def peak_memory() -> int | None:
 
     On Linux not what ``getrusage`` says, which begins at what the process held that started this one.
     """
-    if STATUS.exists():
-        return round(int(STATUS.read_text().partition("VmHWM:")[2].split()[0]) * 1024 / 1e6)
+    if STATUS.exists() and (held := STATUS.read_text().partition("VmHWM:")[2].split()[:1]):
+        return round(int(held[0]) * 1024 / 1e6)
     if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

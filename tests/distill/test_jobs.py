@@ -39,6 +39,16 @@ def test_all_are_run_and_told_of_with_their_exit_codes_and_words(tmp_path):
     assert [(tmp_path / f"{place}.txt").read_text() for place in range(3)] == ["a word\n", "", "by us\n"]
 
 
+def test_a_job_heeds_interrupts_although_we_ignore_them(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        program = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+        run_jobs(jobs(tmp_path, program), lambda: 1, lambda *_: None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "0.txt").read_text() == "True\n"
+
+
 def test_no_more_run_than_there_is_room_for(tmp_path):
     """Each leaves a file while it runs and counts what is there; room grows once the first has ended."""
     program = (
