@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from distill.data.judged import Judged
 from distill.data.negatives import Negatives
 from distill.data.source import JudgedSource
 from distill.errors import RecipeError
+
+if TYPE_CHECKING:
+    from distill.data.features import Features
 
 
 class DataSet(ABC):
@@ -34,7 +37,7 @@ class DataSet(ABC):
         return self._read[name]
 
     @property
-    def features(self) -> Any:
+    def features(self) -> Features:
         """What its queries and candidates are made of, fitted on the train split.
 
         Raises:
