@@ -1,10 +1,12 @@
-"""Run recipes over seeds, keep the raw results as JSON, and write the table of recipes/README.md from them.
+"""Run recipes over seeds, keep the raw results as JSON, and write the tables of recipes/README.md from them.
 
     python benchmarks/recipes.py run text/wikiqa_student --set models.student.layers=[0,5]
+    python benchmarks/recipes.py study studies/privileged
     python benchmarks/recipes.py table
 
-Each run is an ordinary ``distill run`` under ``runs/``; its figures are copied to
-``benchmarks/results/recipes/NAME.json``, one file per recipe, overrides and seed.
+Each run is an ordinary ``distill run`` or ``distill ablate`` under ``runs/``; its figures are copied to
+``benchmarks/results/recipes/NAME.json``, one file per recipe, overrides and seed, and those of a study to
+``benchmarks/results/studies/NAME.json``, with its table and its plot.
 """
 
 from __future__ import annotations
@@ -12,13 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
+import shutil
 import statistics
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "recipes"
+STUDIES = RESULTS.parent / "studies"
 README = Path(__file__).parent.parent / "recipes" / "README.md"
 KEPT = ("keep", "steps", "best_step", "dev", "cost", "models", "references", "comparison")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+STUDY = re.compile(
+    r"(?P<begin><!-- study (?P<name>\w+): begin -->).*?(?P<end><!-- study (?P=name): end -->)", re.DOTALL
+)
 
 
 def run(recipe: str, seeds: list[int], overrides: list[str], variant: str) -> None:
@@ -47,8 +55,37 @@ def run(recipe: str, seeds: list[int], overrides: list[str], variant: str) -> No
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def table() -> None:
-    """Put the table made from all results between the marks in recipes/README.md."""
+def study(name: str) -> None:
+    """Run a study and keep what it found."""
+    from distill.ablate import Ablation
+    from distill.run import Runs
+
+    runs = Runs()
+    ablation = Ablation(runs, runs.load_study(name))
+    ablation.run()
+    if ablation.failed:
+        raise SystemExit(f"{len(ablation.failed)} trainings failed: {ablation.failed}")
+    STUDIES.mkdir(parents=True, exist_ok=True)
+    for kept in ("results.json", "results.md", "plot.png"):
+        to = (STUDIES / Path(name).name).with_suffix(Path(kept).suffix)
+        shutil.copyfile(ablation.folder / kept, to)
+
+
+def tables() -> None:
+    """Put what was found between the marks in recipes/README.md."""
+    text = README.read_text()
+    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    text = "\n".join([before, *_of_recipes(), after])
+    README.write_text(STUDY.sub(_of_study, text))
+
+
+def _of_study(marks: re.Match) -> str:
+    found = (STUDIES / f"{marks['name']}.md").read_text().strip()
+    return f"{marks['begin']}\n{found}\n{marks['end']}"
+
+
+def _of_recipes() -> list[str]:
+    """The lines of the table of all recipes."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
@@ -81,9 +118,7 @@ def table() -> None:
             closed,
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    text = README.read_text()
-    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    README.write_text("\n".join([before, *lines, after]))
+    return lines
 
 
 def _spread(values: list[float]) -> str:
@@ -102,13 +137,16 @@ def main() -> None:
     one.add_argument("--set", nargs="+", default=[], dest="overrides", help="key=value of the recipe")
     one.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     one.add_argument("--variant", default="", help="what to call these overrides in the table")
+    commands.add_parser("study").add_argument("study", help="such as studies/privileged")
     commands.add_parser("table")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if arguments.command == "run":
         run(arguments.recipe, arguments.seeds, arguments.overrides, arguments.variant)
+    elif arguments.command == "study":
+        study(arguments.study)
     else:
-        table()
+        tables()
 
 
 if __name__ == "__main__":

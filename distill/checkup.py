@@ -185,7 +185,8 @@ def _said_by(memory: TeacherMemory, listener: Listener, most: int) -> Said | Non
         assert answered is not None
         scores = answered.float().cpu()[batch.mask]
     labels = None if source.judged.labels is None else source.judged.labels[entries].numpy()
-    return Said(scores.numpy(), asked.numpy(), labels)
+    apart = source.judged.task == "pairs"  # each pair is for itself, whoever else was shown to the same user
+    return Said(scores.numpy(), np.arange(len(entries)) if apart else asked.numpy(), labels)
 
 
 def _warnings(graph: DistillationGraph, patients: Sequence[Patient]) -> Iterator[str]:

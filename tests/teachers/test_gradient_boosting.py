@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from distill.batch import Ragged
+from distill.checkup import health_at_start
 from distill.errors import DataError, RecipeError, RunError
 from distill.graph import Arrow, DistillationGraph
 from distill.objectives import BinaryCrossEntropy
@@ -155,6 +156,8 @@ def test_teaches_through_the_store(features, source, tmp_path, monkeypatch):
     batch = RecalledBatches(memory, source).batch(0, 0)
     live = teacher.represent(batch.view(*teacher.reads.keys), SCORES).scores
     torch.testing.assert_close(batch.stored["boosting"].scores, live)
+    health = health_at_start(memory)["teachers"][0]  # of pairs: one order of all, not one in each user's few
+    assert source.judged.task == "pairs" and (health["pairs"], health["lists"]) == (96, 1)
 
 
 @pytest.mark.parametrize(

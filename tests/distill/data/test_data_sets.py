@@ -211,6 +211,18 @@ def test_texts_are_distinct_and_not_empty():
     assert cut.queries.texts == ["One.", "Two"] and len(cut.candidates) == 0 and len(cut.listed) == 2
 
 
+def test_crops_are_new_runs_of_a_texts_words():
+    table = pa.table({"text": ["a b c d e f g h", "c d", "x"]})
+    texts = Texts(table, crops=20, crop_words=(2, 3)).split("train").candidates.texts
+    assert texts[:3] == ["a b c d e f g h", "c d", "x"] and len(set(texts)) == len(texts) > 5
+    assert all(2 <= len(piece.split()) <= 3 and piece in "a b c d e f g h" for piece in texts[3:])
+    again, other = (Texts(table, crops=20, crop_words=(2, 3), seed=seed).split("train") for seed in (0, 1))
+    assert again.candidates.texts == texts != other.candidates.texts
+    for wrong in ({"crops": -1}, {"crops": 1, "crop_words": (3, 2)}, {"crops": 1, "crop_words": (0, 2)}):
+        with pytest.raises(ValueError, match="crops must be 0 or more"):
+            Texts(table, **wrong)
+
+
 def test_a_limit_draws_by_the_seed():
     table = pa.table({"text": [str(i) for i in range(100)]})
     some = [Texts(table, limit=10, seed=seed).split("train").candidates.texts for seed in (0, 0, 1)]
