@@ -29,8 +29,9 @@ STUDY = re.compile(
 )
 
 
-def run(recipe: str, seeds: list[int], overrides: list[str], variant: str) -> None:
-    """Run one recipe for each seed and keep what it measured."""
+def run(recipe: str, seeds: list[int], overrides: list[str], variant: str, also: str | None = None) -> None:
+    """Run one recipe for each seed and keep what it measured, ``also`` what it kept on another split."""
+    from distill.open import open_model
     from distill.recipe import load_recipe
     from distill.run import Runs, environment
 
@@ -50,6 +51,10 @@ def run(recipe: str, seeds: list[int], overrides: list[str], variant: str) -> No
             "environment": environment(),
             **{key: metrics[key] for key in KEPT if key in metrics},
         }
+        if also:
+            other = load_recipe(recipe, [*overrides, *own_name, f"evaluate.split={also}"])
+            kept = open_model(str(folder / metrics["keep"]))
+            result["also"] = {also: Runs().evaluate(kept, other)["metrics"]}
         path = RESULTS / f"{name.replace('/', '.')}.seed{seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
@@ -118,6 +123,11 @@ def _of_recipes() -> list[str]:
             closed,
         ]
         lines.append(f"| {' | '.join(cells)} |")
+        for split, measured in results[0].get("also", {}).items():
+            for other in list(measured)[:2]:
+                values = [r["also"][split][other] for r in results]
+                cells = [f"... {split}", other, str(len(values)), "-", _spread(values), "-", "-"]
+                lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -136,13 +146,14 @@ def main() -> None:
     one.add_argument("recipe")
     one.add_argument("--set", nargs="+", default=[], dest="overrides", help="key=value of the recipe")
     one.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    one.add_argument("--also", metavar="SPLIT", help="measure the kept model on this one too")
     one.add_argument("--variant", default="", help="what to call these overrides in the table")
     commands.add_parser("study").add_argument("study", help="such as studies/privileged")
     commands.add_parser("table")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if arguments.command == "run":
-        run(arguments.recipe, arguments.seeds, arguments.overrides, arguments.variant)
+        run(arguments.recipe, arguments.seeds, arguments.overrides, arguments.variant, arguments.also)
     elif arguments.command == "study":
         study(arguments.study)
     else:

@@ -35,6 +35,9 @@ class Outputs:
     candidates: Tensor | None = _on("candidate")  # [P, D]  one vector per distinct candidate
     query_cls: Tensor | None = _on("query")  # [B, D]  the first token's last hidden state
     candidate_cls: Tensor | None = _on("candidate")  # [P, D]
+    query_layers: Tensor | None = _on("query")  # [B, L, D]  one vector per query and layer, the last last
+    candidate_layers: Tensor | None = _on("candidate")  # [P, L, D]
+    layer_scores: Tensor | None = _on("pair")  # [B, N, L]  what each layer would say, float32
     pair_vectors: Tensor | None = _on("pair")  # [B, N, D]  one vector per listed pair
     joint_queries: Tensor | None = _on("pair")  # [B, N, D]  of each query, read together with a candidate
     joint_candidates: Tensor | None = _on("pair")  # [B, N, D]  of each candidate, read with the query

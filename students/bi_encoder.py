@@ -41,6 +41,7 @@ KINDS = {  # what a tower says of a text, and the fields of Outputs that hold it
     "cls": ("query_cls", "candidate_cls"),
     "tokens": ("query_tokens", "candidate_tokens"),
     "attention": ("query_attention", "candidate_attention"),
+    "layers": ("query_layers", "candidate_layers"),
 }
 
 
@@ -157,19 +158,23 @@ class BiEncoder(Encoder):
     @property
     def provides(self) -> frozenset[str]:
         heard = {"query_attention", "candidate_attention"} if "layers" in self.sizes else set()
-        read = {field for kind in ("vectors", "cls", "tokens") for field in KINDS[kind]}
-        return frozenset({*read, *heard, "scores", "in_batch"})
+        read = {field for kind in ("vectors", "cls", "tokens", "layers") for field in KINDS[kind]}
+        compared = {"scores", "in_batch"} | ({"layer_scores"} & self.sizes.keys())
+        return frozenset({*read, *heard, *compared})
 
     @property
     def sizes(self) -> dict[str, int]:
         hidden = {
             f"{side}_{kind}": tower.encoder.backbone.config.hidden_size
             for side, tower in (("query", self.query_tower), ("candidate", self.candidate_tower))
-            for kind in ("cls", "tokens")
+            for kind in ("cls", "tokens", "layers")
         }
         heard = self.query_tower.encoder.attention_sizes
         alike = heard == self.candidate_tower.encoder.attention_sizes
-        return {**super().sizes, **hidden, **(heard if alike else {})}
+        configs = [tower.encoder.backbone.config for tower in (self.query_tower, self.candidate_tower)]
+        deep, wide = ({getattr(c, size) for c in configs} for size in ("num_hidden_layers", "hidden_size"))
+        by_layer = {"layer_scores": deep.pop()} if len(deep) == len(wide) == 1 else {}
+        return {**super().sizes, **hidden, **by_layer, **(heard if alike else {})}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -194,6 +199,12 @@ class BiEncoder(Encoder):
     @property
     def _candidate_column(self) -> TextColumn:
         return self.candidate_tower.encoder.tokenizer.column(self.candidate_prompt)
+
+    def represents(self, needs: Needs) -> Needs:
+        wanted = super().represents(needs)
+        if "layer_scores" not in wanted:
+            return wanted
+        return wanted.only((wanted.fields - {"layer_scores"}) | {*KINDS["layers"]})
 
     def represent(self, batch: Batch, needs: Needs) -> Outputs:
         wanted = self.represents(needs)
@@ -241,6 +252,11 @@ class BiEncoder(Encoder):
         )
 
     def compare(self, outputs: Outputs, batch: Batch, needs: Needs) -> Outputs:
+        if "layer_scores" in needs:
+            by_query, by_candidate = outputs.query_layers, outputs.candidate_layers
+            assert by_query is not None and by_candidate is not None
+            of_layers = (by_candidate[batch.index] * by_query[:, None]).sum(dim=-1)  # [B, N, L]
+            outputs = outputs.with_(layer_scores=of_layers)
         if not needs.fields & {"scores", "in_batch"}:
             return outputs
         queries, candidates = outputs.queries, outputs.candidates
@@ -341,14 +357,20 @@ class Tower(nn.Module):
     def read(
         self, ids: Ragged, places: Tensor | None, kinds: Sequence[str], layers: Sequence[int] = ()
     ) -> dict[str, Said]:
-        """Of n framed texts from one forward: ``vectors`` [n, D], ``cls``, ``tokens``, ``attention``.
+        """Of n framed texts from one forward: ``vectors`` [n, D], ``cls``, ``tokens``, ``attention``, ``layers``.
 
         Args:
             places: Of their tokens [T, 1]; needed for tokens and attention.
         """
+
+        def of_layers(output: Any, mask: Tensor) -> Tensor:
+            pooled = [pool(layer, mask, self.pooling) for layer in output.hidden_states[1:]]
+            return torch.stack(pooled, dim=1)
+
         rows = {
             "vectors": lambda output, mask: pool(output.last_hidden_state, mask, self.pooling),
             "cls": lambda output, mask: output.last_hidden_state[:, 0],
+            "layers": of_layers,
         }
         tokens = {"tokens": lambda output, mask: output.last_hidden_state}
         if len(ids):
@@ -357,11 +379,13 @@ class Tower(nn.Module):
                 rows={kind: head for kind, head in rows.items() if kind in kinds},
                 tokens=tokens if "tokens" in kinds else None,
                 layers=layers if "attention" in kinds else (),
+                hidden="layers" in kinds,
             )
         else:
             heard = self.encoder.no_attention(layers)
             hidden = heard.new_zeros(0, self.encoder.backbone.config.hidden_size)
-            answers = {"vectors": hidden, "cls": hidden, "tokens": hidden, "attention": heard}
+            each = hidden.new_zeros(0, self.encoder.backbone.config.num_hidden_layers, hidden.shape[1])
+            answers = {"vectors": hidden, "cls": hidden, "tokens": hidden, "attention": heard, "layers": each}
             said = {kind: answers[kind] for kind in kinds}
         answer: dict[str, Said] = {}
         for kind, values in said.items():
@@ -369,6 +393,8 @@ class Tower(nn.Module):
                 with torch.autocast(values.device.type, enabled=False):
                     vectors = self.dense(values)
                     answer[kind] = F.normalize(vectors, dim=-1) if self.normalize else vectors
+            elif kind == "layers":  # pooled and of length 1 like the last one's, before any dense layer
+                answer[kind] = F.normalize(values, dim=-1) if self.normalize else values
             elif kind == "cls":
                 answer[kind] = values
             else:

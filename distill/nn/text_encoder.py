@@ -120,7 +120,7 @@ class TextEncoder(nn.Module):
             tokens: Heads that answer for each token: [T, ...] float32, aligned with ids.
             layers: Whose queries and keys are answered as ``attention``: [T, l, 2, H, d], aligned with ids.
             attended: How many ids of each text, from the first, are attended to [n]; None: all.
-            hidden: Heads find the last layer in ``hidden_states`` too: of a classifier there is no other way.
+            hidden: Heads find all layers in ``hidden_states``; of a classifier, the last one only there.
         """
         device = next(self.backbone.parameters()).device
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
@@ -128,7 +128,7 @@ class TextEncoder(nn.Module):
         if (
             training
             and rows
-            and not (tokens or layers or attended is not None)
+            and not (tokens or layers or hidden or attended is not None)
             and takes_packed(self.backbone)
         ):
             return self._packed(ids, types, rows)

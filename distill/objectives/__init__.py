@@ -13,6 +13,7 @@ from distill.objectives.geometry_alignment import GeometryAlignment
 from distill.objectives.guided_softmax import GuidedSoftmax
 from distill.objectives.hinge import Hinge
 from distill.objectives.lambda_mrr import LambdaMRR
+from distill.objectives.layer_score_kl import LayerScoreKL
 from distill.objectives.margin_mse import MarginMSE
 from distill.objectives.pointwise_score import PointwiseScore
 from distill.objectives.ranknet import RankNet
@@ -33,6 +34,7 @@ __all__ = [
     "GuidedSoftmax",
     "Hinge",
     "LambdaMRR",
+    "LayerScoreKL",
     "MarginMSE",
     "PointwiseScore",
     "RankNet",

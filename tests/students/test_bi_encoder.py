@@ -179,6 +179,23 @@ def test_represent_says_what_encode_says_and_takes_empty_sides(encoders, tiny):
     assert texts.queries.shape == (0, 32) and texts.candidates.shape == (4, 32)
 
 
+def test_layers_are_scored_like_the_last_which_says_the_score(tiny, tiny_bert):
+    model = tiny()
+    batch = batch_of(model)
+    needs = Needs("layer_scores", "scores")
+    said = model.compare(model.represent(batch, needs), batch, needs)
+    depth = model.encoder.backbone.config.num_hidden_layers
+    assert said.layer_scores.shape == (*batch.index.shape, depth) and model.sizes["layer_scores"] == depth > 1
+    torch.testing.assert_close(said.layer_scores[..., -1], said.scores)
+    shallower = BiEncoder(tiny_bert(), precision="no", layers=1)  # ends where the first layer does
+    alone = shallower.compare(shallower.represent(batch, Needs("scores")), batch, Needs("scores")).scores
+    torch.testing.assert_close(said.layer_scores[..., 0], alone)
+    model.train()
+    said.layer_scores[..., 0].sum().backward()
+    layers = model.encoder.backbone.encoder.layer
+    assert layers[0].output.dense.weight.grad.any() and not layers[-1].output.dense.weight.grad.any()
+
+
 def test_separate_encoders_start_equal_and_learn_apart(tiny):
     model = tiny(encoders="separate")
     assert sum(p.numel() for p in model.parameters()) == 2 * sum(p.numel() for p in tiny().parameters())

@@ -30,6 +30,7 @@ VARIANTS = [
     objectives.GeometryAlignment(terms=["Q|Q"]),
     objectives.GuidedSoftmax(temperature=1.0, in_batch=False, relative_margin=0.4),
     objectives.LambdaMRR(groups=[1, 2], temperature=0.5),
+    objectives.LayerScoreKL(layers=1, temperature=0.5, teacher_temperature=2.0),
     objectives.MarginMSE(pairs="all", scale=2.0),
     objectives.MarginMSE(in_batch=True),
     objectives.MarginMSE(pairs="all", in_batch=True),
@@ -44,7 +45,7 @@ VARIANTS = [
     objectives.ScoreKL(in_batch=True),
 ]
 VARIANTS[0].hear()  # a teacher, instead of the labels
-SIZES = {"queries": 4, "candidates": 4, "pair_vectors": 4, "layers": 2, "heads": 2}
+SIZES = {"queries": 4, "candidates": 4, "pair_vectors": 4, "layer_scores": 3, "layers": 2, "heads": 2}
 OBJECTIVES = [cls() for cls in EXPORTED] + VARIANTS
 for objective in OBJECTIVES:
     objective.bind(SIZES, SIZES)
@@ -85,6 +86,7 @@ def outputs(needs, batch: Batch, seed: int = 0) -> Outputs:
         "queries": (queries, D),
         "candidates": (candidates, D),
         "pair_vectors": (queries, listed, D),
+        "layer_scores": (queries, listed, SIZES["layer_scores"]),
         "joint_queries": (queries, listed, D),
         "joint_candidates": (queries, listed, D),
     }
@@ -133,7 +135,7 @@ def both(objective, batch: Batch) -> tuple[Outputs, Outputs]:
 
 
 def test_there_are_objectives_to_test():
-    assert len(EXPORTED) == 18
+    assert len(EXPORTED) == 19
     assert all(issubclass(cls, objectives.Objective) for cls in EXPORTED)
     assert {type(variant) for variant in VARIANTS} <= set(EXPORTED)
 
