@@ -85,8 +85,8 @@ def tables() -> None:
 
 
 def _of_study(marks: re.Match) -> str:
-    found = (STUDIES / f"{marks['name']}.md").read_text().strip()
-    return f"{marks['begin']}\n{found}\n{marks['end']}"
+    path = STUDIES / f"{marks['name']}.md"
+    return f"{marks['begin']}\n{path.read_text().strip()}\n{marks['end']}" if path.exists() else marks[0]
 
 
 def _of_recipes() -> list[str]:

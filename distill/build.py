@@ -126,7 +126,10 @@ class Builder:
         if set(node) == {"run"}:
             if self.run_folder is None:
                 raise RecipeError(f"{where}.run: '{node['run']}' names a run, and there are none here.")
-            folder = self.run_folder(node["run"])
+            try:
+                folder = self.run_folder(node["run"])
+            except RecipeError as error:
+                raise RecipeError(f"{where}.run: {error}") from error
             return None if folder is None else str(folder)
         if set(node) == {"data"}:
             return self._features(node["data"], f"{where}.data")

@@ -12,7 +12,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from distill.build import Builder
@@ -212,6 +213,8 @@ class Runs:
         if not (folder / "recipe.yaml").exists():
             return []
         before, now = read_yaml(folder / "recipe.yaml"), recipe.model_dump(mode="json")
+        with suppress(ValidationError):  # keys that came later have their defaults
+            before = Recipe.model_validate(before).model_dump(mode="json")
         return [key for key in now if before.get(key) != now[key]]
 
 

@@ -147,12 +147,20 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.mean(known) if known else None
 
 
-def _teachers(measured: Mapping[Place, Measured], data: str) -> dict[str, dict[str, float | None]]:
-    """Metrics of the teachers, each as the first cell that measured it says."""
-    found: dict[str, dict[str, float | None]] = {}
-    for (of, _, _), cell in measured.items():
+def _teachers(measured: Mapping[Place, Measured], data: str) -> list[dict[str, Any]]:
+    """Metrics of the teachers by the first cell of each variant; equal ones of several variants are one."""
+    found: list[dict[str, Any]] = []
+    seen: set[tuple[str, str]] = set()
+    for (of, variant, _), cell in measured.items():
         for name, metrics in (cell.teachers or {}).items() if of == data else ():
-            found.setdefault(name, dict(metrics))
+            if (name, variant) in seen:
+                continue
+            seen.add((name, variant))
+            alike = [one for one in found if one["teacher"] == name and one["metrics"] == metrics]
+            if alike:
+                alike[0]["variants"].append(variant)
+            else:
+                found.append({"teacher": name, "variants": [variant], "metrics": dict(metrics)})
     return found
 
 
@@ -265,9 +273,12 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
     """What stands below the table: teachers, the winner and its test, what was left out or failed."""
     for data, found in results["data"].items():
         where = f"{data}: " if data else ""
-        for name, metrics in found["teachers"].items():
+        named = [one["teacher"] for one in found["teachers"]]
+        for one in found["teachers"]:
+            name, metrics = one["teacher"], one["metrics"]
             values = ", ".join(f"{metric} {_four(metrics.get(metric))}" for metric in found["metrics"])
-            yield f"{where}teacher {name}: {values}"
+            within = f" in {', '.join(one['variants'])}" if named.count(name) > 1 else ""
+            yield f"{where}teacher {name}{within}: {values}"
         yield f"{where}{_won(found.get('winner'), results['power'])}"
     yield (
         "Differences are over queries, each query's value averaged over seeds; answers: texts and pairs that "

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -97,6 +97,12 @@ class Trainer:
         take_from_first(list(self.parameters.values()))
         tables = table_names(graph)
         self._clipped = [p for name, p in self.parameters.items() if name not in tables]
+        self._tables = [p for name, p in self.parameters.items() if name in tables]
+        if tables and self.precision == "fp16":
+            raise RecipeError(
+                "train.mixed_precision: fp16 scales gradients, and those of embedding tables do not go "
+                "through its scaler; use bf16, or 'no'."
+            )
         self.optimizers = [self.accelerator.prepare(one) for one in optimizers(graph, settings)]
         self.optimizer = self.optimizers[0]
         self._steps_given = steps is not None or settings.steps is not None
@@ -212,7 +218,8 @@ class Trainer:
     def _descend(self, done: float, weights: Mapping[str, float], batches: Sequence[Batch]) -> float:
         limit = self.settings.clip if self.settings.clip is not None else math.inf
         norm = float(self.accelerator.clip_grad_norm_(self._clipped, limit))
-        if not math.isfinite(norm) and self.accelerator.scaler is None:  # a scaler skips the step by itself
+        whole = math.isfinite(norm) and _finite(self._tables)
+        if not whole and self.accelerator.scaler is None:  # a scaler skips the step by itself
             culprit = self._culprit(weights, batches, done)
             raise RunError(self._diverged(f"the gradient of {culprit} is not finite", self.progress.step + 1))
         rate = self._rate(self.progress.step)
@@ -235,12 +242,7 @@ class Trainer:
                 losses = self.graph(batch, done)
                 if name in losses and losses[name].loss.requires_grad:
                     losses[name].loss.sum().backward()
-                (bad,) = any_of(
-                    any(
-                        p.grad is not None and not _given(p.grad).isfinite().all()
-                        for p in self.parameters.values()
-                    )
-                )
+                (bad,) = any_of(not _finite(self.parameters.values()))
                 if bad:
                     return f"losses.{name}"
         return "the sum of all losses"
@@ -426,9 +428,10 @@ def _accelerator(settings: TrainSettings, folder: Path):
         raise RecipeError(f"train: {error}") from error
 
 
-def _given(gradient: Tensor) -> Tensor:
-    """The values of a gradient, sparse or not."""
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
+def _finite(parameters: Iterable[Tensor]) -> bool:
+    """Whether all gradients are."""
+    given = [p.grad for p in parameters if p.grad is not None]
+    return all(bool((g._values() if g.is_sparse else g).isfinite().all()) for g in given)
 
 
 def _ids_in(batch: Batch) -> int:

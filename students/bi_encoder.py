@@ -357,7 +357,7 @@ class Tower(nn.Module):
     def read(
         self, ids: Ragged, places: Tensor | None, kinds: Sequence[str], layers: Sequence[int] = ()
     ) -> dict[str, Said]:
-        """Of n framed texts from one forward: ``vectors`` [n, D], ``cls``, ``tokens``, ``attention``, ``layers``.
+        """Of n framed texts from one forward: ``vectors`` [n, D], and the others of ``KINDS``.
 
         Args:
             places: Of their tokens [T, 1]; needed for tokens and attention.

@@ -31,9 +31,9 @@ class CrossEncoder(Model):
     """A transformer over ``[CLS] query [SEP] candidate [SEP]`` with a classification head (monoBERT).
 
     Any ``AutoModelForSequenceClassification`` will do; a checkpoint without a head gets a new one. Pairs
-    are built from the cached ids of each text, never tokenised again, and only the candidate is cut to
-    fit. With one class the score is the raw logit, which keeps margins that a probability loses; with two
-    it is the log-probability of class 1, as in monoBERT.
+    are built from the ids of each text, which is tokenised once, and only the candidate is cut to fit, but
+    for queries beyond ``query_max_length``. With one class the score is the raw logit, which keeps margins
+    that a probability loses; with two it is the log-probability of class 1, as in monoBERT.
 
     Provides ``scores`` [B, N] with one or two classes, ``classes`` [B, N, C] with two or more, and from the
     same forward ``pair_vectors`` [B, N, D], the first token's last hidden state (where it is a [CLS]) and,
@@ -43,7 +43,9 @@ class CrossEncoder(Model):
         checkpoint: Hub name, folder, or ``package:NAME/FOLDER``.
         classes: C; None takes what the checkpoint has, 1 where it has no head.
         max_length: Ids of a whole pair; None takes what the checkpoint allows, at most 512.
-        query_max_length: Ids of the query inside the pair.
+        query_max_length: Ids of the query inside the pair, special ones not counted; None takes what the
+            checkpoint was saved with, else 64. Where the first text is as long as the second (RTE), give
+            it half of ``max_length``.
         layers: Keep the first n, or these, layers of the checkpoint.
         dropout: Of the transformer's layers and the head, while it is trained; None keeps the checkpoint's.
         activation_checkpointing: Compute activations again in the backward: less memory, more time.
@@ -59,7 +61,7 @@ class CrossEncoder(Model):
         checkpoint: str | Path,
         classes: int | None = None,
         max_length: int | None = None,
-        query_max_length: int = 64,
+        query_max_length: int | None = None,
         layers: int | Sequence[int] | None = None,
         dropout: float | None = None,
         activation_checkpointing: bool = False,
@@ -90,14 +92,14 @@ class CrossEncoder(Model):
             checkpoint_activations(backbone)
         self.classes: int = backbone.config.num_labels
         self.max_length = max_length or min(layout.max_length or 512, 512)
-        self.query_max_length = query_max_length
+        self.query_max_length = (layout.query_length or 64) if query_max_length is None else query_max_length
         self.precision = precision
         self.checkpoint = str(checkpoint)
         self.encoder = TextEncoder(
             backbone, TextTokenizer.from_pretrained(layout.transformer_folder), chunk_tokens
         )
         self.encoder.check_length("max_length", self.max_length)
-        if query_max_length < 1:
+        if self.query_max_length < 1:
             raise ValueError(f"query_max_length must be at least 1, got {query_max_length}.")
         self.eval()
 
@@ -210,16 +212,25 @@ class CrossEncoder(Model):
         learning, _ = self.training, self.eval()
         with serving_autocast(self):
             for part in in_slices(len(queries), 4096, progress, "pairs"):
-                logits = self._logits(
-                    self.column.encode(list(queries[part])), self.column.encode(list(candidates[part]))
-                )
+                logits = self._logits(self._ids(queries[part]), self._ids(candidates[part]))
                 scores.append((logits if self.classes > 2 else self._scores(logits)).cpu())
         self.train(learning)
         return torch.cat(scores) if scores else torch.zeros(0)
 
+    def _ids(self, texts: Sequence[str]) -> Ragged:
+        """Ids of raw texts; one that stands in several pairs is tokenised once."""
+        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        return self.column.encode([*places]).select(torch.tensor([places[text] for text in texts]))
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that this class, and the CrossEncoder of sentence-transformers, opens."""
-        write_cross_encoder(folder, self.encoder.backbone, self.encoder.tokenizer.tokenizer, self.max_length)
+        write_cross_encoder(
+            folder,
+            self.encoder.backbone,
+            self.encoder.tokenizer.tokenizer,
+            self.max_length,
+            self.query_max_length,
+        )
 
 
 def _logits(output: Any, mask: Tensor) -> Tensor:

@@ -276,6 +276,11 @@ class Documentation(TextData):
 
     def read(self, name: str) -> Judged:
         pairs = self._pairs[name]
+        if not pairs:
+            raise DataError(
+                f"Documentation: of {', '.join(self.packages)} no docstring falls to {name}; name more "
+                f"packages."
+            )
         if name == "train" and self.limit is not None and self.limit < len(pairs):
             pairs = sorted(random.Random(self.seed).sample(pairs, self.limit))
         ids, queries, texts = (list(column) for column in zip(*pairs, strict=True))

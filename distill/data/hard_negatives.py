@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 from abc import abstractmethod
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,9 +23,10 @@ from distill.data.judged import Judged
 from distill.data.mining import Limits, Mined, fingerprint, judged_hash, own_texts, turns
 from distill.data.negatives import Negatives
 from distill.data.neighbours import Neighbours, Pairs, Search, Words
-from distill.errors import DataError, RecipeError
+from distill.errors import DataError, RecipeError, UserError
+from distill.lock import only_run_in
 from distill.paths import cache_folder
-from distill.processes import any_of, is_first, wait
+from distill.processes import any_of, from_first, is_first, wait
 
 if TYPE_CHECKING:
     from distill.graph import DistillationGraph
@@ -249,9 +252,23 @@ class HardNegatives(Negatives):
             keep: Put them into the cache, and look for them there first.
         """
         name = content_hash([key, state])
-        cached, folder = cache_folder() / "mined" / f"{name}.arrow", cache_folder() / "mining" / name
+        cached = cache_folder() / "mined" / f"{name}.arrow"
         if keep and (found := _load(cached, key, state)) is not None:
             return found
+        with _folder_of_its_own(cache_folder() / "mining" / name) as folder:
+            mined = self._mine_in(folder, graph, queries, key, state)
+            if is_first():
+                shutil.rmtree(folder, ignore_errors=True)
+        if not len(mined.ranks):
+            raise self._none_left(mined)
+        if keep:
+            _save(mined, cached, key, state)
+        return mined
+
+    def _mine_in(
+        self, folder: Path, graph: DistillationGraph | None, queries: Tensor, key: str, state: str
+    ) -> Mined:
+        """``_mine``, its pieces in a folder."""
         asked = self.judged.queries.same[queries].unique()
         search = self._search(graph, folder)
         judge = self._judge(graph, folder, search)
@@ -266,14 +283,7 @@ class HardNegatives(Negatives):
             if len(asked) > size:
                 done = min(len(asked), (number + 1) * size)
                 log.info("mining: %s of %s queries have their lists", f"{done:,}", f"{len(asked):,}")
-        mined = Mined.join(parts)
-        if is_first():
-            shutil.rmtree(folder, ignore_errors=True)
-        if not len(mined.ranks):
-            raise self._none_left(mined)
-        if keep:
-            _save(mined, cached, key, state)
-        return mined
+        return Mined.join(parts)
 
     def _judge(
         self, graph: DistillationGraph | None, folder: Path, search: Search
@@ -400,6 +410,18 @@ class NearestNegatives(HardNegatives):
         assert graph is not None
         node: Any = graph.nodes[self.by]
         return Neighbours(node, self.judged, folder / "by")
+
+
+@contextmanager
+def _folder_of_its_own(folder: Path) -> Iterator[Path]:
+    """The folder; beside it one with this process's number, where another run mines the same just now."""
+    with ExitStack() as held:
+        if is_first():
+            try:
+                held.enter_context(only_run_in(folder))
+            except UserError:
+                folder = folder.with_name(f"{folder.name}-{os.getpid()}")
+        yield from_first(folder)
 
 
 def _load(path: Path, key: str, state: str) -> Mined | None:

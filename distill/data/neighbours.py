@@ -92,7 +92,7 @@ class Neighbours:
             )
             scores, place = top(torch.cat([scores, more_scores], dim=1), k)
             rows = torch.cat([rows, more + start], dim=1).gather(1, place)
-        return self.rows[gather(rows)], gather(scores)
+        return self.rows[gather(rows)], gather(scores) * self._scale
 
     def scores(self, queries: Tensor, which: Tensor, candidates: Tensor) -> Tensor:
         """Scores [T] of the candidates at rows [T], each with ``queries[which[t]]``."""
@@ -104,7 +104,13 @@ class Neighbours:
             piece = torch.from_numpy(vectors)
             for part in here.split(2**14):
                 said[part] = (asked[which[part]] * piece[place[part] - start]).sum(dim=1)
-        return said
+        return said * self._scale
+
+    @property
+    def _scale(self) -> float:
+        """From products to scores as served, in which limits are given."""
+        with torch.no_grad():
+            return float(self.model.scale())
 
     def _queries(self, rows: Tensor) -> np.ndarray:
         """Vectors [n, D]; the last are kept, as a block is searched and then judged."""

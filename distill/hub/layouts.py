@@ -98,6 +98,7 @@ class CrossEncoderLayout:
     Args:
         max_length: The longest pair in ids, special tokens included; None: no limit known.
         num_labels: Logits per pair; 1 is a relevance score.
+        query_length: The longest query in it, without special tokens; None: not said.
         activation: The torch class that ``predict`` of sentence-transformers puts on the logits.
         transformer_folder: Where the transformer and its tokenizer lie.
     """
@@ -106,6 +107,7 @@ class CrossEncoderLayout:
     num_labels: int
     activation: str
     transformer_folder: Path
+    query_length: int | None = None
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def read_cross_encoder(spec: str | Path) -> CrossEncoderLayout:
     folder = local_folder(spec)
     check_checkpoint(folder)
     settings = read_json(folder / SETTINGS, {})
-    transformer = folder
+    transformer, query_length = folder, None
     own: dict[str, Any] = {}
     if (folder / "modules.json").is_file():
         parts, _ = read_pipelines(folder)
@@ -82,6 +82,7 @@ def read_cross_encoder(spec: str | Path) -> CrossEncoderLayout:
             )
         transformer = parts[0].folder
         own = read_json(transformer / "sentence_bert_config.json", {})
+        query_length = own.get("query_length") if settings.get("model_type") == "CrossEncoder" else None
         task = own.get("transformer_task", "sequence-classification")
         if settings.get("model_type") == "CrossEncoder" and task != "sequence-classification":
             raise RecipeError(f"{folder}: a cross-encoder by {task} does not open here, only a classifier.")
@@ -92,6 +93,7 @@ def read_cross_encoder(spec: str | Path) -> CrossEncoderLayout:
         num_labels=labels,
         activation=_activation(config, settings, labels),
         transformer_folder=transformer,
+        query_length=query_length,
     )
 
 

@@ -71,10 +71,13 @@ def write_cross_encoder(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
+    query_length: int | None = None,
 ) -> None:
     """Write a sequence classifier so that ``CrossEncoder(folder).predict`` gives its logits.
 
-    The activation is Identity: the score that is served is the logit. Replaces the folder.
+    The activation is Identity: the score that is served is the logit. Of a pair that is too long the longer
+    text is cut there, which is the candidate as long as the query takes less than half; ``query_length``,
+    the most ids of a query, is known here alone. Replaces the folder.
     """
     with atomic_folder(folder) as new:
         model.save_pretrained(new)
@@ -82,14 +85,14 @@ def write_cross_encoder(
         config = read_config(new)  # releases 4 and 5 look for the activation here
         write_json(new / "config.json", {**config, "sentence_transformers": {"activation_fn": IDENTITY}})
         write_json(new / "modules.json", pipeline_entries([("Transformer", "")]))
-        length = {} if max_length is None else {"max_seq_length": max_length}
+        lengths = {"max_seq_length": max_length, "query_length": query_length}
         write_json(
             new / "sentence_bert_config.json",
             {
                 "transformer_task": "sequence-classification",
                 "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
                 "module_output_name": "scores",
-                **length,
+                **{key: length for key, length in lengths.items() if length is not None},
             },
         )
         write_json(

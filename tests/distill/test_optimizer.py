@@ -1,11 +1,14 @@
 """The row-wise optimiser of tables: its formula, sparse and dense alike, and its part in a training."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from distill.errors import RecipeError, RunError
 from distill.graph import Arrow, DistillationGraph
 from distill.nn.feature_embedding import SPARSE_ABOVE, Table
 from distill.objectives import BinaryCrossEntropy
@@ -137,3 +140,18 @@ def test_a_gradient_that_is_not_finite_is_blamed_on_its_arrow(features, tmp_path
     tower.layers[0].weight.register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(Exception, match=r"the gradient of losses\.labels is not finite"):
         it.fit()
+
+
+def test_a_gradient_that_is_not_finite_in_a_table_alone_stops_the_run_at_its_step(features, tmp_path):
+    it, graph = trained(features, tmp_path)
+    tables = graph.nodes["student"].tables.by_name()
+    next(iter(tables.values())).weight.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(RunError, match=r"step 1: the gradient of losses.labels is not finite"):
+        it.fit()
+
+
+def test_fp16_and_tables_do_not_go_together(features, tmp_path, monkeypatch):
+    half = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, mixed_precision="fp16")
+    monkeypatch.setattr("distill.trainer._accelerator", lambda *_: half)
+    with pytest.raises(RecipeError, match=r"train.mixed_precision: fp16 .* embedding tables .* use bf16"):
+        trained(features, tmp_path, mixed_precision="fp16")

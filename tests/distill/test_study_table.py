@@ -1,6 +1,7 @@
 """What a study's tests are worth: how often they see what is not there, and what is."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -119,6 +120,21 @@ def test_a_metric_that_is_better_when_lower_wins_low():
     found = tabulate("s", variants, {"": ["Logloss"]}, measured)["data"][""]
     assert found["winner"]["variant"] == "a"
     assert [found["variants"][name]["tests"]["Logloss"]["better"] for name in ("a", "b")] == [1, 0]
+
+
+def test_a_teacher_that_differs_between_variants_is_told_for_each():
+    def run(**teachers):
+        return replace(cell([0.5, 0.6]), teachers={n: {"MAP": value} for n, value in teachers.items()})
+
+    of = {"none": run(bi=0.8), "kl": run(bi=0.8, ranker=0.7), "wide": run(bi=0.8, ranker=0.9)}
+    measured = {("", name, seed): cell for seed in (1, 2) for name, cell in of.items()}
+    variants = {"none": None, "kl": "none", "wide": "none"}
+    told = [line for line in lines(tabulate("s", variants, {"": ["MAP"]}, measured)) if "teacher " in line]
+    assert told == [
+        "teacher bi: MAP 0.8000",
+        "teacher ranker in kl: MAP 0.7000",
+        "teacher ranker in wide: MAP 0.9000",
+    ]
 
 
 def test_without_values_per_query_or_dev_there_are_means_and_no_test():

@@ -58,14 +58,16 @@ def test_logits_are_those_of_the_plain_transformer(classes, tiny_bert):
 
 @pytest.mark.parametrize("classes", [1, 3])
 def test_a_saved_one_opens_in_sentence_transformers_and_here(classes, tiny_bert, tmp_path):
-    model = CrossEncoder(tiny_bert(num_labels=classes), precision="no", max_length=40)
+    """Pairs beyond the length too, as long as the query takes less than half of it."""
+    model = CrossEncoder(tiny_bert(num_labels=classes), precision="no", max_length=40, query_max_length=30)
     model.save_pretrained(tmp_path / "saved")
-    logits = model.score_pairs(*zip(*PAIRS, strict=True))
+    pairs = [*PAIRS, (QUERIES[0], f"{PASSAGES[0]} " * 12), (QUERIES[1], f"{PASSAGES[1]} " * 12)]
+    logits = model.score_pairs(*zip(*pairs, strict=True))
     theirs = st.CrossEncoder(str(tmp_path / "saved"), device="cpu")
-    torch.testing.assert_close(theirs.predict(PAIRS, convert_to_tensor=True), logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(theirs.predict(pairs, convert_to_tensor=True), logits, atol=1e-5, rtol=0)
     again = CrossEncoder(tmp_path / "saved", precision="no")
-    assert (again.max_length, again.classes) == (40, classes)
-    torch.testing.assert_close(again.score_pairs(*zip(*PAIRS, strict=True)), logits, atol=0, rtol=0)
+    assert (again.max_length, again.query_max_length, again.classes) == (40, 30, classes)
+    torch.testing.assert_close(again.score_pairs(*zip(*pairs, strict=True)), logits, atol=0, rtol=0)
 
 
 def test_one_of_theirs_opens_here(tiny_bert, tmp_path):

@@ -23,6 +23,9 @@ from distill.data import (
 from distill.errors import DataError, RecipeError
 from distill.graph import DistillationGraph
 from distill.model import Encoder, Model
+from students import TwoTower
+from tests.shop import fitted
+from tests.shop import judged as shop_judged
 
 ANGLES = [0.0, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 1.5]  # of candidates c0 to c7, in radians
 
@@ -163,6 +166,36 @@ def test_what_is_too_close_to_the_positive_is_removed(limits, kept, tmp_path):
     assert lists(sampler) == [kept] and figures["too close"] == 7 - len(kept)
     assert sampler.mined.scores.numpy() == pytest.approx(scores[kept], abs=1e-6)
     assert figures["positive score"] == pytest.approx(scores[1], abs=1e-6)
+
+
+def test_limits_are_in_units_of_the_served_score(tmp_path):
+    """A model that divides its products by 0.05 is 20 times as far from each negative."""
+    kept = {}
+    for scale, margin in ((1.0, 0.1), (20.0, 2.0)):
+        model = Circle()
+        model.scale = lambda scale=scale: scale
+        sampler = NearestNegatives("teacher", 1, margin=margin)
+        refreshed(sampler, tmp_path / str(scale), judged(((1,),)), graph(teacher=model))
+        kept[scale] = (lists(sampler), sampler.mined.scores / scale, sampler.mined.positive / scale)
+    assert kept[1.0][0] == kept[20.0][0] == [[4, 5, 6, 7]]
+    for one, other in zip(kept[1.0][1:], kept[20.0][1:], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_two_tower_finds_the_items_it_would_serve_but_for_those_taken(tmp_path):
+    features = fitted()
+    data = shop_judged(features)
+    torch.manual_seed(0)
+    student = TwoTower(features, dim=8, temperature=0.1)
+    sampler = NearestNegatives("student", 1, top=5)
+    refreshed(sampler, tmp_path, data, DistillationGraph({"student": student}, [], ["student"]))
+    vectors = student.encode_queries(data.queries), student.encode_candidates(data.candidates)
+    scores = (vectors[0] @ vectors[1].T) / 0.1
+    for user, taken in enumerate(data.positives.tolist()):
+        scores[user, taken] = -math.inf
+    best = scores.topk(5)
+    assert lists(sampler) == best.indices.tolist()
+    torch.testing.assert_close(sampler.mined.scores.view(-1, 5), best.values, rtol=1e-4, atol=1e-4)
 
 
 def test_of_several_positives_the_lowest_decides_and_without_one_nothing_is_too_close(tmp_path):
@@ -439,6 +472,14 @@ def test_an_interrupted_mining_goes_on_where_it_was(tmp_path, monkeypatch):
     assert first.encoded == [10, 30, 30, 30, 10]
     assert second.encoded == [10, 5]  # the queries of the second block and the third
     assert len(calls) == 5 + 2 * 3
+
+
+def test_two_runs_that_mine_the_same_do_not_share_a_folder(tmp_path):
+    folder_for = hard_negatives._folder_of_its_own
+    with folder_for(tmp_path / "a") as mine, folder_for(tmp_path / "a") as theirs:
+        assert mine == tmp_path / "a" != theirs and theirs.parent == tmp_path
+    with folder_for(tmp_path / "a") as again:
+        assert again == mine
 
 
 def test_pairs_that_were_read_are_not_read_again(tmp_path, monkeypatch):
