@@ -184,6 +184,15 @@ def test_pairs_are_scaled_and_stay_rows():
     assert TextPairs(train=PAIRS, columns={**NAMES, "label": None}).split("train").labels is None
 
 
+def test_pairs_bring_the_scores_of_a_teacher():
+    rows = pa.table({"text1": ["x", "y"], "text2": ["a", "b"], "label": [0.0, 1.0], "cross": [2.5, -1.0]})
+    judged = TextPairs(train=rows, scores={"cross": "cross"}).split("train")
+    assert judged.scores["cross"].tolist() == [2.5, -1.0]
+    wrong = rows.set_column(3, "cross", pa.array([2.5, float("nan")]))
+    with pytest.raises(DataError, match=r"'cross', row 1 .*not a finite number"):
+        TextPairs(train=wrong, scores={"cross": "cross"}).split("train")
+
+
 def test_pair_labels_may_be_words():
     rows = pa.table({"text1": ["x"] * 3, "text2": ["a", "b", "c"], "label": ["no", "yes", "perhaps"]})
     judged = TextPairs(train=rows, classes=["no", "perhaps", "yes"]).split("train")

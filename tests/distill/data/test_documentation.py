@@ -1,6 +1,7 @@
 """Pairs from docstrings: what is kept, what is taken out, and that no text is in two splits."""
 
 import importlib
+from itertools import combinations
 
 import pytest
 
@@ -88,6 +89,30 @@ def test_no_text_and_no_file_is_in_two_splits(package):
     judged = data.split("train")
     assert judged.task == "retrieval" and judged.listed.tolist() == [[i] for i in range(len(judged.queries))]
     assert 30 <= len(judged.queries) <= 48 and bool((judged.labels == 1).all())
+
+
+def test_docstrings_of_one_file_stay_together(package):
+    """Of each file a second one, about the same two words; these tell the file."""
+    for path in sorted(package.glob("m*.py"))[:50]:
+        first = path.read_text()
+        second = first.replace("Draw the", "Paint the").replace("we say", "others shout")
+        path.write_text(first + second.replace("def draw", "def paint"))
+    data = Documentation(["paperpack"])
+    files = {
+        name: [" ".join(text.split()[:5]) for text in data.split(name).candidates.texts]
+        for name in data.splits
+    }
+    assert sum(map(len, files.values())) > 80 and all(files.values())
+    for one, two in combinations(files, 2):
+        assert not set(files[one]) & set(files[two])
+
+
+def test_a_split_that_no_docstring_falls_to_is_told(package):
+    for path in sorted(package.glob("m*.py"))[1:]:
+        path.unlink()
+    data = Documentation(["paperpack"])
+    with pytest.raises(DataError, match=r"of paperpack no docstring falls to (dev|test|train); name more"):
+        [data.split(name) for name in data.splits]
 
 
 def test_it_is_parsed_once_and_a_damaged_cache_is_made_again(package, monkeypatch):
