@@ -252,8 +252,13 @@ def evaluate(
 def index(
     model: ModelName,
     corpus: Annotated[
-        str, typer.Argument(help="A parquet, jsonl, json, csv or tsv file, a folder, a Hub name.")
+        str,
+        typer.Argument(
+            help="A parquet, jsonl, json, csv or tsv file, a folder, a Hub name; or a recipe, whose "
+            "candidates are taken."
+        ),
     ],
+    overrides: Overrides = None,
     output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("index"),
     factory: Annotated[str, typer.Option(help="Of Faiss: Flat, HNSW32, IVF1024,PQ32, ...")] = "Flat",
     text_column: Annotated[str, typer.Option(help="Its name in the corpus.")] = "text",
@@ -266,14 +271,25 @@ def index(
 ) -> None:
     """Build a Faiss index of a corpus: of texts, or of items with the columns that a two-tower reads."""
     with reported(debug):
+        import torch
+
         from distill.index import ABOUT, Index
         from distill.open import model_folder
+        from distill.recipe import recipe_names
+        from distill.run import Runs
 
         if output.exists() and not (output / ABOUT).is_file() and (output.is_file() or any(output.iterdir())):
             raise UserError(f"{output} is there and is no index; name another folder with --output.")
         quiet_libraries()
         encoder = _encoder(model, runs)
-        if hasattr(encoder, "encode_items"):
+        if corpus in recipe_names() or Path(corpus).suffix in (".yaml", ".yml"):
+            all_runs = Runs(runs)
+            found = all_runs.candidates(all_runs.load(corpus, overrides or ()))
+            ids, texts = list(found.ids), getattr(found, "texts", None)
+            vectors = encoder.encode_candidates(found.take(torch.arange(len(found))), progress=True)
+        elif overrides:
+            raise UserError(f"{' '.join(overrides)}: keys of a recipe, but {corpus} is none.")
+        elif hasattr(encoder, "encode_items"):
             ids, texts, vectors = _items(encoder, corpus, id_column, title_column)
         else:
             ids, texts = _corpus(corpus, id_column, text_column, title_column)

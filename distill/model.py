@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,6 +93,17 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights (safetensors), configuration and tokenizer to ``folder``."""
+
+    def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
+        """Save it and upload that to a repository of the Hub, made if it is not there; returns its address.
+
+        A run's folder, which has a model card with figures, goes there by ``distill.hub.push_to_hub``.
+        """
+        from distill.hub import push_to_hub
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "model")
+            return push_to_hub(Path(folder) / "model", repo_id, private, token)
 
     @property
     def device(self) -> torch.device:

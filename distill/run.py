@@ -26,7 +26,7 @@ from ruamel.yaml import YAML
 
 from distill.build import Builder
 from distill.checkup import Patient, checkup
-from distill.data.judged import Judged
+from distill.data.judged import Judged, Table
 from distill.errors import DataError, RecipeError, RunError
 from distill.evaluation import Evaluation, evaluate_reference
 from distill.evaluation.significance import CONFIDENCE, compare
@@ -125,6 +125,13 @@ class Runs:
             UserError: All mistakes of names; where there are none, all of data, measures and graph.
         """
         return plan_of(recipe, self._builder(self._configuration_of))
+
+    def candidates(self, recipe: Recipe) -> Table:
+        """What is searched where a recipe is measured: the candidates of that split."""
+        data = self._builder(None).data(recipe)
+        if (measured := split_to_measure(recipe, data)) is None:
+            raise RecipeError(f"{recipe.name} measures nothing, so it has no split to take candidates of.")
+        return data[measured[0]].split(measured[1]).candidates
 
     def evaluate(self, model: Model, recipe: Recipe) -> dict[str, Any]:
         """A model's metrics on the split that the recipe measures, its size and speed."""

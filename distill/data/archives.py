@@ -1,40 +1,54 @@
-"""Files of a data set in its folder or its zip archive, as frames. Next: ``movielens.py``."""
+"""Files of a data set in its folder or its archive, as frames. Next: ``movielens.py``."""
 
 from __future__ import annotations
 
 import io
+import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from distill.data.cache import content_hash
 from distill.data.frames import columns_of, need_polars
 from distill.errors import DataError
+from distill.paths import cache_folder, replacing
 
 if TYPE_CHECKING:
     import polars
 
 
 class Archive:
-    """The files below a folder, or in a zip file, by the last part of their name.
+    """The files below a folder, or in a zip or tar file, by the last part of their name.
+
+    Args:
+        path: The folder, the file, or the address (https://...) of one, which is fetched once and kept in
+            the cache.
 
     Raises:
-        DataError: There is no such folder or file, or the file is no zip archive.
+        DataError: There is no such folder or file, it cannot be fetched, or it is no archive.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser()
+        self.path = _fetched(path) if isinstance(path, str) and "://" in path else Path(path).expanduser()
         if self.path.is_dir():
             self.files = {file.name: str(file) for file in sorted(self.path.rglob("*")) if file.is_file()}
         elif self.path.is_file():
             try:
-                with zipfile.ZipFile(self.path) as archive:
-                    names = archive.namelist()
-            except zipfile.BadZipFile as error:
-                raise DataError(f"{self.path}: no zip archive ({error}). Fetch it again.") from error
-            self.files = {Path(name).name: name for name in names if not name.endswith("/")}
+                self.files = {Path(name).name: name for name in self._names() if not name.endswith("/")}
+            except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError) as error:
+                raise DataError(f"{self.path}: no zip or tar archive ({error}). Fetch it again.") from error
         else:
             raise DataError(f"there is no folder or archive {path} (looked for in {Path.cwd()}).")
+
+    def _names(self) -> list[str]:
+        if zipfile.is_zipfile(self.path):
+            with zipfile.ZipFile(self.path) as archive:
+                return archive.namelist()
+        with tarfile.open(self.path) as packed:
+            return [member.name for member in packed if member.isfile()]
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -85,5 +99,25 @@ class Archive:
     def _bytes(self, name: str) -> bytes:
         if self.path.is_dir():
             return Path(self.files[name]).read_bytes()
-        with zipfile.ZipFile(self.path) as archive:
-            return archive.read(self.files[name])
+        if zipfile.is_zipfile(self.path):
+            with zipfile.ZipFile(self.path) as archive:
+                return archive.read(self.files[name])
+        with tarfile.open(self.path) as packed:
+            file = packed.extractfile(self.files[name])
+            assert file is not None  # members that are files alone are listed
+            return file.read()
+
+
+def _fetched(address: str) -> Path:
+    """Where the file of an address lies, downloaded if it was not before."""
+    path = cache_folder() / "archives" / f"{content_hash([address])[:16]}-{Path(address).name}"
+    if not path.exists():
+        with replacing(path) as new:
+            try:
+                torch.hub.download_url_to_file(address, str(new))
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"{address} cannot be fetched ({error}). Fetch it by other means, and give the path of "
+                    f"the file or its folder."
+                ) from error
+    return path

@@ -121,6 +121,7 @@ def schema_of(features: Sequence[Feature | Mapping[str, Any]]) -> tuple[Feature,
         raise ValueError("features: the schema is empty; name at least one feature.")
     for feature in schema.values():
         _check_shared(feature, schema)
+        _check_privileged(feature, schema)
     return tuple(schema.values())
 
 
@@ -139,6 +140,16 @@ def _feature(given: Mapping[str, Any], place: int) -> Feature:
         raise ValueError(
             f"features[{place}]{name}{f', {key}' if key else ''}: {what.rstrip('.')}."
         ) from error
+
+
+def _check_privileged(feature: Feature, schema: Mapping[str, Feature]) -> None:
+    """Refuse a privileged column that a student would read under another name."""
+    for other in schema.values() if feature.privileged else ():
+        if not other.privileged and (other.side, other.source) == (feature.side, feature.source):
+            raise ValueError(
+                f"features: '{feature.name}' is privileged, but '{other.name}' gives the same column "
+                f"'{feature.source}' to students; make both privileged, or take one out."
+            )
 
 
 def _check_shared(feature: Feature, schema: Mapping[str, Feature]) -> None:

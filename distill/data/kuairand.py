@@ -49,8 +49,9 @@ class KuaiRand(InteractionData):
     log. What is crossed or counted is so from strictly earlier impressions, those of the test time included.
 
     Args:
-        path: The folder or zip archive of KuaiRand-Pure: ``log_standard_*.csv`` and the tables of users and
-            videos; or parquet tables ``log_*``, ``user_features`` and so on, with ``user_history_until_*``.
+        path: The folder, the archive (zip, tar.gz) or its address (https://...), of KuaiRand-Pure:
+            ``log_standard_*.csv`` and the tables of users and videos; or parquet tables ``log_*``,
+            ``user_features`` and so on, with ``user_history_until_*``.
         target: The label: ``is_click`` or ``long_view``.
         privileged: Groups of features for teachers alone: ``cross`` (the user's impressions and rate so far,
             with this video, author, tag), ``counts`` (those of the user, video, author, tag so far),

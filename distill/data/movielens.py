@@ -56,9 +56,9 @@ class MovieLens(InteractionData):
     drawn by the seed; its dev rating is one of the train ratings, drawn too.
 
     Args:
-        path: The folder or the zip archive: ``u.data``, ``u.item``, ``u.user`` (100K); ``ratings.dat``,
-            ``movies.dat``, ``users.dat`` (1M); ``ratings.csv``, ``movies.csv`` (latest-small, and larger);
-            or parquet tables of these.
+        path: The folder, the archive (zip, tar.gz) or its address (https://...), of ``u.data``, ``u.item``,
+            ``u.user`` (100K); ``ratings.dat``, ``movies.dat``, ``users.dat`` (1M); ``ratings.csv``,
+            ``movies.csv`` (latest-small, and larger); or parquet tables of these.
         at_least: Ratings below are no positives; None: every rating is one.
         split: ``last``: each user's last rating is test, the one before dev. ``time``: the latest are test.
         dev: The share of ratings that is dev, in a split by time.

@@ -109,3 +109,6 @@ def test_goes_to_the_hub_whole(saved, monkeypatch):
     assert push_to_hub(saved, "me/shop") == "https://hub/me/shop"
     assert {"config.json", "model.safetensors", "features/features.json"} < sent["files"]
     assert "features/vocabulary/item_id.arrow" in sent["files"]
+    whole = sent.pop("files")
+    assert TwoTower.from_pretrained(saved).push_to_hub("me/shop") == "https://hub/me/shop"
+    assert sent["files"] == whole - {"README.md"}

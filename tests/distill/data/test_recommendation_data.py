@@ -1,5 +1,6 @@
 """MovieLens and KuaiRand: the real sets where they are, their public layouts in small."""
 
+import tarfile
 import zipfile
 
 import numpy as np
@@ -38,19 +39,30 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_public_layouts_of_movielens(tmp_path, layout, packed):
+@pytest.mark.parametrize("packed", ["", "zip", "tar.gz", "address"])
+def test_the_public_layouts_of_movielens(tmp_path, layout, packed, monkeypatch):
+    """In a folder, in an archive, or at an address, from which the archive is fetched once."""
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "ml"
     folder.mkdir()
     for name, text in LAYOUTS[layout].items():
         (folder / name).write_bytes(text.encode("utf-8" if layout == "small" else "latin-1"))
     path = folder
-    if packed:
+    if packed == "tar.gz":
+        path = tmp_path / "ml.tar.gz"
+        with tarfile.open(path, "w:gz") as packing:
+            packing.add(folder, f"ml-{layout}")
+    elif packed:
         path = tmp_path / "ml.zip"
         with zipfile.ZipFile(path, "w") as archive:
             for name in LAYOUTS[layout]:
                 archive.write(folder / name, f"ml-{layout}/{name}")
-    data = MovieLens(path)
+    data = MovieLens(path.as_uri() if packed == "address" else path)
+    if packed == "address":
+        path.unlink()
+        assert data.split("dev").queries.ids == MovieLens(path.as_uri()).split("dev").queries.ids
+        with pytest.raises(DataError, match=r"other.zip cannot be fetched .* give the path"):
+            MovieLens(path.with_name("other.zip").as_uri())
     test = data.split("test")
     names = test.candidates.ids
     assert [[names[i] for i in row] for row in test.listed.tolist()] == [["3"], ["3"]]
@@ -67,7 +79,7 @@ def test_a_folder_that_is_no_movielens(tmp_path):
     with pytest.raises(DataError, match=r"no MovieLens data set. It takes .* u.data, u.item, u.user"):
         MovieLens(tmp_path)
     (tmp_path / "x.zip").write_bytes(b"no zip")
-    with pytest.raises(DataError, match="no zip archive"):
+    with pytest.raises(DataError, match="no zip or tar archive"):
         MovieLens(tmp_path / "x.zip")
 
 
