@@ -177,6 +177,7 @@ def plan_of(recipe: Recipe, builder: Builder) -> Plan:
             check_scores(graph, source)
             check_lists(graph, source)
             check_batches(graph, source)
+            check_log_q(graph, source)
             plan = Plan(recipe, graph, data, source, steps_of(recipe.train, source.steps(0)))
     mistakes.report()
     assert plan is not None  # else there was a mistake
@@ -332,6 +333,17 @@ def check_lists(graph: DistillationGraph, source: Source) -> None:
                     f"listed negatives, but the data set '{name}' lists positives only and draws no "
                     f"negatives. Give it `negatives`, or take a loss with `in_batch: true`."
                 )
+    mistakes.report()
+
+
+def check_log_q(graph: DistillationGraph, source: Source) -> None:
+    """Refuse a correction by sampling probabilities that the data cannot tell."""
+    mistakes = Mistakes()
+    for name, part in judged_sources(source).items():
+        for arrow in graph.arrows:
+            heard = arrow.data is None or name in arrow.data
+            if heard and arrow.objective.corrects and (why := part.no_log_q()):
+                mistakes.add(f"losses.{arrow.name}.log_q: in the data set '{name}' {why}; leave out log_q.")
     mistakes.report()
 
 

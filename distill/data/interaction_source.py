@@ -148,6 +148,14 @@ class InteractionSource(JudgedSource):
 
     # How likely a candidate is in the pool.
 
+    def no_log_q(self) -> str | None:
+        if self.judged.task == "pairs":
+            return "pairs are given, not drawn"
+        for i, sampler in enumerate(self.negatives):
+            if type(sampler).shares is Negatives.shares:
+                return f"negatives[{i}] ({type(sampler).__name__}) cannot say how likely it draws a candidate"
+        return None
+
     @cached_property
     def _counted(self) -> Tensor:
         """Share of each candidate among the positives: [candidates] float64."""

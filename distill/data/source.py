@@ -139,6 +139,10 @@ class JudgedSource(Source):
         """Teachers whose scores of all that is listed come with the data."""
         return tuple(self.judged.scores)
 
+    def no_log_q(self) -> str | None:
+        """Why its batches do not say how likely a candidate is drawn; None: they do."""
+        return "nothing says how likely a candidate is drawn"
+
     def prepare(
         self,
         queries: Sequence[Readable] = (),

@@ -119,7 +119,7 @@ class SampledSoftmax(Objective):
         check_positive(temperature=temperature)
         check_choice("log_q", log_q, ("none", "all", "negatives", "refined"))
         self.temperature = temperature
-        self.correction = log_q
+        self.correction, self.corrects = log_q, log_q != "none"
         self.across, self.contrasts = in_batch, not in_batch
         self.field = field
 

@@ -406,6 +406,15 @@ def test_batches_are_a_function_of_their_place_and_change_with_the_epoch():
         epoch: torch.cat([one.batch(epoch, s).query_ids for s in range(one.steps(0))]) for epoch in (0, 1)
     }
     assert not torch.equal(rows[0], rows[1]) and torch.equal(rows[0].sort().values, rows[1].sort().values)
+    drawn = {}
+    for epoch in (0, 1):
+        batches = [one.batch(epoch, step) for step in range(one.steps(0))]
+        drawn[epoch] = {
+            int(query): set(batch.candidate_ids[places[1:]].tolist())
+            for batch in batches
+            for query, places in zip(batch.query_ids, batch.index, strict=True)
+        }
+    assert sum(drawn[0][query] != drawn[1][query] for query in drawn[0]) > len(drawn[0]) / 2
 
 
 def test_a_user_who_took_everything_has_no_negative():
