@@ -64,10 +64,18 @@ class Features:
         """The features of a side, in the order of the schema: those serving knows, or all of them."""
         return tuple(f for f in self.schema if f.side == side and (privileged or not f.privileged))
 
-    def fit(self, user: Any = None, item: Any = None, context: Any = None) -> Features:
+    def fit(
+        self,
+        user: Any = None,
+        item: Any = None,
+        context: Any = None,
+        texts: Mapping[str, Any] | None = None,
+    ) -> Features:
         """Learn vocabularies and statistics from train rows of each side, read as a stream.
 
-        A side's frame may lack a sequence that shares a vocabulary: it has nothing to learn from it.
+        A side's frame may lack a sequence that shares a vocabulary: it has nothing to learn from it. Text
+        features take their texts from the table of their side in ``texts`` where there is one, such as the
+        whole catalogue: a text has its vector whoever saw the item.
 
         Raises:
             DataError: A column is missing or of a wrong type, or a dense one holds a missing number.
@@ -81,8 +89,10 @@ class Features:
             where = f"{side}s" if side != "context" else "interactions"
             frame = scan(given, where)
             require(frame, [f.source for f in features], where)
+            every = scan(texts[side], where) if texts and side in texts else frame
             for feature in features:
-                self._fit(feature, frame.select(feature.source), where)
+                rows = every if feature.kind == "text" else frame
+                self._fit(feature, rows.select(feature.source), where)
         self.__dict__.pop("fingerprint", None)
         return self
 

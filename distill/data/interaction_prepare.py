@@ -150,6 +150,7 @@ def prepare(
         user=users[np.flatnonzero(np.bincount(found.users[train]))],
         item=items[np.flatnonzero(np.bincount(found.items[train]))],
         context=rows.filter(train) if context else None,
+        texts={"user": users, "item": items},
     )
     encoded = features.encode(items, features.side("item", privileged=True), items[tables.item], "items")
     data = Prepared(

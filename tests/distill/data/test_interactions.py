@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from distill.data import Interactions, MixedNegatives, RandomNegatives
 from distill.data.interaction_log import by_time, histories, in_order, k_core, leave_last_out, shuffled_rings
 from distill.errors import DataError, RecipeError
+from students import TwoTower
 
 IDS = [
     {"name": "user_id", "kind": "categorical", "side": "user"},
@@ -437,3 +438,31 @@ def test_background_candidates_are_nobodys():
     batch = source.batch(0, 0)
     assert batch.mask.shape == (16, 1) and len(batch.candidate_ids) > len(batch.index.unique())
     assert int(batch.draws.sum()) == 16 + 20
+
+
+class Reader:
+    """Texts' vectors: how long they are, and how many there were."""
+
+    def encode_candidates(self, texts):
+        return torch.tensor([[float(len(text)), len(texts)] for text in texts])
+
+
+def test_an_item_that_train_lacks_has_its_text_and_a_tower_reads_it(tmp_path, monkeypatch):
+    """Cold items differ by their texts alone; a saved student knows them too."""
+    monkeypatch.setattr("distill.open.open_model", lambda name: Reader())
+    title = {"name": "title", "kind": "text", "side": "item", "encoder": "reader"}
+    titles = pl.DataFrame({"item_id": [10, 20, 30, 40, 50], "title": ["a", "bb", "ccc", "dddd", "eeeee"]})
+    data = Interactions(ROWS, [*IDS, title], items=titles)
+    assert data.features.values("item_id") == [10, 20, 30]  # 40 and 50 are dev's and test's
+    assert data.features.values("title") == ["a", "bb", "ccc", "dddd", "eeeee"]
+    assert data.features.text_vectors("title")[2:].tolist() == [[1, 5], [2, 5], [3, 5], [4, 5], [5, 5]]
+    torch.manual_seed(0)
+    student = TwoTower(data.features, dim=4)
+    catalogue = data.split("test").candidates
+    vectors = student.encode_candidates(catalogue)
+    cold = [list(catalogue.ids).index(name) for name in ("40", "50")]
+    assert catalogue.columns["item_id"][cold].tolist() == [1, 1]
+    assert not torch.allclose(vectors[cold[0]], vectors[cold[1]], atol=1e-3)
+    student.save_pretrained(tmp_path / "student")
+    again = TwoTower.from_pretrained(tmp_path / "student")
+    torch.testing.assert_close(again.encode_items(titles), vectors)
