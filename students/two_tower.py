@@ -131,7 +131,7 @@ class TwoTower(Encoder):
         self.checkpoint = None if checkpoint is None else str(checkpoint)
         if checkpoint is not None:
             folder, _, saved = read_feature_model(checkpoint, TYPE)
-            check_same_features(features, saved, folder)
+            check_same_features(features.public(), saved.public(), folder)
             load_weights(self, folder)
         self.eval()
 
@@ -295,8 +295,11 @@ class TwoTower(Encoder):
         return self.features.encode(rows, wanted)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that ``from_pretrained`` opens: weights, settings, schema and vocabularies."""
-        write_feature_model(folder, TYPE, self.arguments, self.features, self.state_dict())
+        """Write a folder that ``from_pretrained`` opens: weights, settings, schema and vocabularies.
+
+        Of privileged features nothing is written but their names, which are refused.
+        """
+        write_feature_model(folder, TYPE, self.arguments, self.features.public(), self.state_dict())
 
 
 def public(
@@ -331,6 +334,7 @@ def public(
 def _unknown_at_serving(features: Features) -> dict[str, Feature]:
     """The features that a student cannot be asked with, by their names and their columns in the data."""
     everything = [feature for side in SIDES for feature in features.side(side, privileged=True)]
+    everything += features.withheld
     known = [feature for side in SIDES[:2] for feature in features.side(side)]
     names = {name for feature in known for name in (feature.name, feature.column)}
     return {

@@ -43,6 +43,7 @@ class Features:
 
     def __init__(self, schema: Sequence[Feature | Mapping[str, Any]]):
         self.schema = schema_of(schema)
+        self.withheld: tuple[Feature, ...] = ()  # privileged ones that ``public`` took out: to be refused
         self._by_name = {feature.name: feature for feature in self.schema}
         self._vocabularies: dict[str, polars.Series] = {}  # owner -> distinct values, in order of their ids
         self._numbers: dict[str, tuple[float, float]] = {}  # dense feature -> mean, deviation
@@ -63,6 +64,24 @@ class Features:
     def side(self, side: Side, privileged: bool = False) -> tuple[Feature, ...]:
         """The features of a side, in the order of the schema: those serving knows, or all of them."""
         return tuple(f for f in self.schema if f.side == side and (privileged or not f.privileged))
+
+    def public(self) -> Features:
+        """Without privileged features and all that was fitted to them; of these only the names are known.
+
+        One whose vocabulary others share stays.
+        """
+        owners = {feature.vocabulary for feature in self.schema if not feature.privileged}
+        kept = [f for f in self.schema if not f.privileged or f.name in owners]
+        made = Features(kept)
+        made.withheld = tuple(f for f in self.schema if f not in kept) + self.withheld
+        for one, other in (
+            (made._vocabularies, self._vocabularies),
+            (made._numbers, self._numbers),
+            (made._edges, self._edges),
+            (made._vectors, self._vectors),
+        ):
+            one.update({name: value for name, value in other.items() if name in made})  # type: ignore[attr-defined]
+        return made
 
     def fit(
         self,
@@ -193,7 +212,7 @@ class Features:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the schema and of all that was fitted."""
-        parts = [json.dumps(self._described(), sort_keys=True)]
+        parts = [json.dumps({**self._described(), "withheld": None}, sort_keys=True)]
         for name, values in sorted(self._vocabularies.items()):
             hashes = mixed(_raw_hash(values) + np.arange(len(values), dtype=np.uint64))
             parts += [name, str(values.dtype), str(len(values)), str(int(hashes.sum(dtype=np.uint64)))]
@@ -291,6 +310,7 @@ class Features:
         return {
             "format": FORMAT,
             "schema": [f.model_dump(exclude_defaults=True) for f in self.schema],
+            "withheld": [{"name": f.name, "side": f.side, "column": f.source} for f in self.withheld],
             "numbers": self._numbers,
             "edges": {name: edges.tolist() for name, edges in self._edges.items()},
         }
@@ -328,6 +348,9 @@ class Features:
             )
         try:
             features = cls(told["schema"])
+            features.withheld = tuple(
+                Feature(kind="categorical", privileged=True, **one) for one in told.get("withheld", [])
+            )
             features._numbers = {name: (mean, dev) for name, (mean, dev) in told["numbers"].items()}
             features._edges = {name: np.asarray(edges) for name, edges in told["edges"].items()}
         except (KeyError, ValueError, TypeError) as error:

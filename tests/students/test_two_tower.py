@@ -241,6 +241,25 @@ def test_a_saved_one_is_the_same_in_a_new_process(features, tmp_path):
         again.encode_users(users())
 
 
+def test_nothing_of_a_privileged_column_is_exported_but_its_name(features, tmp_path):
+    """And what a teacher may read decides nothing of which checkpoint fits."""
+    model = TwoTower(features, dim=8)
+    model.save_pretrained(tmp_path / "model")
+    told = json.loads((tmp_path / "model/features/features.json").read_text())
+    hidden = {f.name for f in features.schema if f.privileged}
+    assert hidden == {one["name"] for one in told["withheld"]} and len(hidden) == 4
+    assert not hidden & {feature["name"] for feature in told["schema"]} and not hidden & {*told["numbers"]}
+    files = {path.stem for path in (tmp_path / "model/features/vocabulary").iterdir()}
+    assert files and not files & hidden
+    again = TwoTower.from_pretrained(tmp_path / "model")
+    with pytest.raises(DataError, match="'loyalty': it is privileged"):
+        again.encode_users([{**users()[0], "loyalty": "l1"}])
+    again.save_pretrained(tmp_path / "again")
+    with pytest.raises(DataError, match="'loyalty': it is privileged"):
+        TwoTower.from_pretrained(tmp_path / "again").encode_users([users()[0]])
+    TwoTower(features.public(), dim=8, checkpoint=tmp_path / "model")
+
+
 def test_a_checkpoint_with_other_features_is_refused(features, tmp_path):
     model = TwoTower(features)
     model.save_pretrained(tmp_path / "model")
