@@ -249,7 +249,7 @@ def check_uses(recipe: Recipe, graph: DistillationGraph, data: Mapping[str, Data
     kept, mistakes = graph.nodes[recipe.keep], Mistakes()
     for problem in piece_problems(graph, recipe.train.gradient_cache is not None, world() > 1):
         mistakes.add(problem)
-    seen = [column.name for side in kept.reads for column in side if getattr(column, "privileged", False)]
+    seen = [column.key for side in kept.reads for column in side if getattr(column, "privileged", False)]
     if recipe.keep == "student" and seen:
         mistakes.add(
             f"models.student reads what only training knows: {', '.join(seen)}. A student is served without; "

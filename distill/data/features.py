@@ -74,13 +74,10 @@ class Features:
         kept = [f for f in self.schema if not f.privileged or f.name in owners]
         made = Features(kept)
         made.withheld = tuple(f for f in self.schema if f not in kept) + self.withheld
-        for one, other in (
-            (made._vocabularies, self._vocabularies),
-            (made._numbers, self._numbers),
-            (made._edges, self._edges),
-            (made._vectors, self._vectors),
-        ):
-            one.update({name: value for name, value in other.items() if name in made})  # type: ignore[attr-defined]
+        made._vocabularies = {name: v for name, v in self._vocabularies.items() if name in made}
+        made._numbers = {name: v for name, v in self._numbers.items() if name in made}
+        made._edges = {name: v for name, v in self._edges.items() if name in made}
+        made._vectors = {name: v for name, v in self._vectors.items() if name in made}
         return made
 
     def fit(
