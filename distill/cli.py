@@ -245,7 +245,14 @@ def evaluate(
         print_table([HEADER[0], *metrics, *HEADER[1:]], [row(model, measured, metrics)])
         for reason, count in measured["left_out"].items():
             if count:
-                print(f"left out: {count:,} queries with {reason}")
+                print(_left_out(reason, count))
+
+
+def _left_out(reason: str, count: int) -> str:
+    """What an evaluation left out, in words: queries with a reason, or users of one metric."""
+    reason, _, metric = reason.partition(", of ")
+    who = reason if reason.startswith("users") else f"queries with {reason}"
+    return f"left out{f' of {metric}' if metric else ''}: {count:,} {who}"
 
 
 @app.command()

@@ -242,12 +242,13 @@ class TwoTower(Encoder):
         rows = rows.float()
         return F.normalize(rows, dim=-1) if self.similarity == "cosine" else rows
 
-    def _refuse(self, names: Iterable[Any]) -> None:
+    def _refuse(self, names: Iterable[Any], where: str = "") -> None:
         """Refuse columns that serving does not know: privileged ones, and those of a pair."""
         for name in names:
             if (feature := self._refused.get(name)) is not None:
                 raise DataError(
-                    f"a two-tower cannot be asked with the column '{name}': {_why_not(feature)} Leave it out."
+                    f"{where}a two-tower cannot be asked with the column '{name}': {_why_not(feature)} "
+                    f"Leave it out."
                 )
 
     def encode_users(self, rows: Any, progress: bool = False) -> Tensor:
@@ -290,8 +291,10 @@ class TwoTower(Encoder):
     def _encoded(self, rows: Any, wanted: Sequence[Feature]) -> FeatureTable:
         """Raw rows as a table."""
         rows = [rows] if isinstance(rows, Mapping) else rows
-        first = rows[0] if isinstance(rows, Sequence) and rows else ()
-        self._refuse(getattr(rows, "columns", first))
+        self._refuse(getattr(rows, "columns", ()))
+        for row, given in enumerate(rows if isinstance(rows, Sequence) else ()):
+            if isinstance(given, Mapping):  # what else a row may be, encode refuses
+                self._refuse(given, f"rows, row {row} (counted from 0): ")
         return self.features.encode(rows, wanted)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of what `save` writes
 PADDING, UNKNOWN, FIRST = 0, 1, 2  # ids
+At = Callable[[int], str]  # of a row: its table, column and number in words, for errors
 
 
 class Features:
@@ -137,7 +138,7 @@ class Features:
         else:
             column = column.unique()
         place = _place(where, feature)
-        distinct = _categories(collect(column, place)["value"], place)
+        distinct = _categories(collect(column, place)["value"], place, lambda row: place)  # rows unknown
         return distinct.unique().sort()
 
     def _fit_numbers(self, feature: Feature, column: polars.LazyFrame, where: str) -> None:
@@ -278,13 +279,18 @@ class Features:
             values = values.list.tail(feature.max_length)
         lengths = values.list.len().fill_null(0).to_numpy().astype(np.int64)
         flat = values.filter(pl.Series(lengths > 0)).explode()
-        return Ragged.of_lengths(torch.from_numpy(self._ids(feature, flat, where)), torch.from_numpy(lengths))
 
-    def _ids(self, feature: Feature, values: polars.Series, where: str) -> np.ndarray:
+        def at(value: int) -> str:
+            return in_words(where, feature.source, int(lengths.cumsum().searchsorted(value, side="right")))
+
+        ids = self._ids(feature, flat, where, at)
+        return Ragged.of_lengths(torch.from_numpy(ids), torch.from_numpy(lengths))
+
+    def _ids(self, feature: Feature, values: polars.Series, where: str, at: At | None = None) -> np.ndarray:
         """Ids [n] int64 of categories; unknown and missing ones are 1."""
         pl = need_polars()
         place, owner = _place(where, feature), self[feature.owner]
-        values = _categories(values, place)
+        values = _categories(values, place, at or partial(in_words, where, feature.source))
         if owner.hash_buckets is not None:
             known = values.is_not_null().to_numpy()
             hashed = mixed(_raw_hash(values.fill_null("" if values.dtype == pl.String else 0)))
@@ -332,6 +338,7 @@ class Features:
         Raises:
             DataError: A file is missing or broken, or written by a later version.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         pl = need_polars()
@@ -362,7 +369,14 @@ class Features:
                         f"{file}: the vocabulary cannot be read; copy or download the folder again."
                     ) from error
         if any(feature.kind == "text" for feature in features.schema):
-            features._vectors = load_file(path.parent / "text_vectors.safetensors")
+            file = path.parent / "text_vectors.safetensors"
+            try:
+                features._vectors = load_file(file)
+            except (OSError, SafetensorError) as error:
+                raise DataError(
+                    f"{file}: the vectors of the texts cannot be read; save the model again, or copy or "
+                    f"download the folder again."
+                ) from error
         return features
 
 
@@ -374,7 +388,24 @@ def _kind(values: polars.Series) -> str:
     return "words" if str(values.dtype) == "String" else "whole numbers"
 
 
-def _categories(values: polars.Series, place: str) -> polars.Series:
+def in_words(where: str, column: str, row: int) -> str:
+    """Where an error is: table, column and row."""
+    return f"{where}, column '{column}', row {row} (counted from 0)"
+
+
+def check_column(feature: Feature, values: polars.Series, where: str, at: At | None = None) -> None:
+    """Refuse, before its rows are put in another order, a column that cannot be encoded.
+
+    Raises:
+        DataError: A number is missing or a category is a fraction; ``at`` says where it is.
+    """
+    if feature.kind == "dense":
+        _numbers(feature, values, where, at)
+    elif feature.kind != "sequence":
+        _categories(values, _place(where, feature), at or partial(in_words, where, feature.source))
+
+
+def _categories(values: polars.Series, place: str, at: At) -> polars.Series:
     """Categories as Int64 or String; a number with a fraction is none."""
     pl = need_polars()
     kind = values.dtype
@@ -385,15 +416,13 @@ def _categories(values: polars.Series, place: str) -> polars.Series:
         if (values == values.round()).fill_null(True).all():
             return values.cast(pl.Int64)
         row = (values != values.round()).fill_null(False).arg_max() or 0
-        raise DataError(
-            f"{place}, row {row} (counted from 0): {values[row]} is no category; give whole numbers or words."
-        )
+        raise DataError(f"{at(row)}: {values[row]} is no category; give whole numbers or words.")
     if kind in (pl.String, pl.Categorical, pl.Enum) or isinstance(kind, pl.Categorical | pl.Enum):
         return values.cast(pl.String)
     raise DataError(f"{place} holds {kind}, which are no categories; give whole numbers or words.")
 
 
-def _numbers(feature: Feature, values: polars.Series, where: str) -> np.ndarray:
+def _numbers(feature: Feature, values: polars.Series, where: str, at: At | None = None) -> np.ndarray:
     """Numbers [n] float64, none of them missing."""
     pl = need_polars()
     place = _place(where, feature)
@@ -406,8 +435,8 @@ def _numbers(feature: Feature, values: polars.Series, where: str) -> np.ndarray:
     if len(wrong := np.flatnonzero(~np.isfinite(numbers))):
         row = int(wrong[0])
         raise DataError(
-            f"{place}, row {row} (counted from 0): {values[row]} is no finite number. Mend the row, or say "
-            f"with `fill` what stands for a missing one."
+            f"{(at or partial(in_words, where, feature.source))(row)}: {values[row]} is no finite number. "
+            f"Mend the row, or say with `fill` what stands for a missing one."
         )
     return numbers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -38,7 +39,7 @@ def scan(spec: Spec, where: str = "table") -> polars.LazyFrame:
     Args:
         spec: A polars frame, lazy or not, or whatever ``read_table`` takes: parquet, csv, tsv and jsonl
             files, folders of them, Hub data sets, DataFrames, a list of these one below the other, or
-            ``{path: ..., columns: {ours: theirs}}``. Types of csv files are inferred.
+            ``{path: ..., columns: {ours: theirs}}``. Types of csv and tsv files are inferred, also of .gz.
         where: What the table is for, for errors.
     """
     pl = need_polars()
@@ -65,7 +66,7 @@ def scan(spec: Spec, where: str = "table") -> polars.LazyFrame:
         if not files:
             raise DataError(f"{where}: the folder {path} holds no table.")
         return scan(files, where)
-    if path is not None and path.is_file() and path.suffix.lower() != ".gz":
+    if path is not None and path.is_file():
         suffix = suffix_of(path)
         readers: dict[str | None, Any] = {
             ".parquet": pl.scan_parquet,
@@ -75,7 +76,7 @@ def scan(spec: Spec, where: str = "table") -> polars.LazyFrame:
             ),
             ".jsonl": lambda file: pl.scan_ndjson(file, infer_schema_length=10_000),
         }
-        if suffix in readers:
+        if suffix in readers and not (suffix == ".jsonl" and path.suffix.lower() == ".gz"):
             frame = readers[suffix](path)
             columns_of(frame, str(path))
             return frame
@@ -119,7 +120,7 @@ def frame_of(rows: Any, columns: Sequence[str], where: str) -> polars.DataFrame:
         rows: A polars or pandas DataFrame, or a sequence of mappings from column to value.
 
     Raises:
-        DataError: A column is missing, or its values are of several types.
+        DataError: A row is no mapping, a column is missing, or its values are of several types.
     """
     pl = need_polars()
     if isinstance(rows, pl.LazyFrame | pl.DataFrame) or hasattr(rows, "columns"):
@@ -128,6 +129,11 @@ def frame_of(rows: Any, columns: Sequence[str], where: str) -> polars.DataFrame:
         return collect(lazy.select(list(dict.fromkeys(columns))), where)
     if isinstance(rows, Mapping | str) or not isinstance(rows, Sequence):
         raise DataError(f"{where}: give a DataFrame or a list of dictionaries, not a {type(rows).__name__}.")
+    for row, given in enumerate(rows):
+        if not isinstance(given, Mapping):
+            raise DataError(
+                f"{where}, row {row} (counted from 0): a {type(given).__name__}, not a dictionary of columns."
+            )
     data = {}
     for column in dict.fromkeys(columns):
         for row, values in enumerate(rows):
@@ -136,13 +142,26 @@ def frame_of(rows: Any, columns: Sequence[str], where: str) -> polars.DataFrame:
                     f"{where}, row {row} (counted from 0): there is no '{column}'; it has "
                     f"{', '.join(map(str, values))}.{nearest(column, list(values))}"
                 )
+        values = [one[column] for one in rows]
         try:
-            data[column] = pl.Series(column, [values[column] for values in rows], strict=True)
+            data[column] = pl.Series(column, values, strict=True)
         except (TypeError, OverflowError, pl.exceptions.PolarsError) as error:
+            row = bisect_left(range(len(values)), True, key=lambda row: _mixed(values[: row + 1]))
             raise DataError(
-                f"{where}, column '{column}': values of several types ({_first_line(error)})."
+                f"{where}, column '{column}', row {row} (counted from 0): values of several types, in it or "
+                f"up to it ({_first_line(error)}). Give values of one type."
             ) from error
     return pl.DataFrame(data)
+
+
+def _mixed(values: Sequence[Any]) -> bool:
+    """Whether no column holds these values."""
+    pl = need_polars()
+    try:
+        pl.Series(values, strict=True)
+    except (TypeError, OverflowError, pl.exceptions.PolarsError):
+        return True
+    return False
 
 
 def _first_line(error: Exception) -> str:

@@ -102,7 +102,7 @@ def prepare(
     taken = np.ones(len(rows), bool)
     if settings.task == "pairs":
         assert tables.label is not None
-        only_binary(rows[tables.label].to_numpy(), tables.label)
+        only_binary(rows, tables)
     elif settings.at_least is not None:
         if tables.label is None:
             raise DataError(f"{name}: at_least needs a label; name its column in columns.label.")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distill.data.feature_schema import Feature
+from distill.data.features import At, check_column, in_words
 from distill.data.frames import collect, need_polars, require
 from distill.errors import DataError
 
@@ -36,6 +38,15 @@ class Tables:
     label: str | None = None
     before: polars.LazyFrame | None = None  # user, items (a list, oldest first): from before the log
     negatives: polars.LazyFrame | None = None  # user, items: what `test_99` lists
+    given: Mapping[int, str] = field(default_factory=dict)  # PART -> its table's name, if each part is one
+
+    def place(self, rows: polars.DataFrame, column: str, row: int) -> str:
+        """Table, column and row of the interactions in words; the row is counted in the table as given."""
+        where = "interactions"
+        if self.given:
+            part = rows[PART][row]
+            where, row = self.given[part], row - int((rows[PART] == part).arg_max() or 0)
+        return in_words(where, column, row)
 
 
 def read_rows(
@@ -71,24 +82,29 @@ def read_rows(
             )
     rows = collect(frame.select(*wanted, *(pl.col(c) for c in kept if c not in ("user", "item"))), where)
     for key, ours in ((tables.user, "user"), (tables.item, "item")):
+        if known[key].is_float():
+            _refuse_fractions(collect(frame.select(key), where)[key], partial(tables.place, rows, key))
         if rows[ours].null_count():
             row = rows[ours].is_null().arg_max() or 0
             value = collect(frame.select(key).slice(row, 1), where)[key][0]
             raise DataError(
-                f"{where}, column '{key}', row {row} (counted from 0): "
+                f"{tables.place(rows, key, row)}: "
                 + (
-                    "the id is missing."
+                    "the id is missing. Remove the row, or fill it in."
                     if value is None
                     else f"there is no row for {value!r} in the table of {ours}s."
                 )
             )
     if not len(rows):
         raise DataError(f"{where}: the table is empty.")
+    for f in schema:
+        if f.side == "context":
+            check_column(f, rows[f.source], where, partial(tables.place, rows, f.source))
     changed = []
     if tables.time is not None:
-        changed.append(pl.Series(tables.time, _times(rows[tables.time], tables.time, where)))
+        changed.append(pl.Series(tables.time, _times(rows, tables)))
     if tables.label is not None:
-        changed.append(pl.Series(tables.label, _labels(rows[tables.label], tables.label, where)))
+        changed.append(pl.Series(tables.label, _labels(rows, tables)))
     return rows.with_columns(changed), users, items
 
 
@@ -111,10 +127,15 @@ def _side(
             f"feature out."
         )
     require(table, [key, *columns], where)
+    if given is not None and known[key].is_float():
+        _refuse_fractions(collect(table.select(key), where)[key], partial(in_words, where, key))
     ids = _category(known[key], key, where).alias(key)
     table = table.select(ids, *dict.fromkeys(c for c in columns if c != key))
-    table = (table.drop_nulls().unique() if given is None else table).sort(key)
-    found = collect(table, where)
+    found = collect(table.drop_nulls().unique() if given is None else table, where)
+    for f in schema:
+        if f.side == side and f.source in columns and f.source != key:
+            check_column(f, found[f.source], where)  # before it is sorted: the error names the row as given
+    found = found.sort(key)
     if given is not None and found[key].n_unique() < len(found):
         twice = found[key].filter(found[key].is_duplicated())[0]
         raise DataError(
@@ -133,10 +154,19 @@ def _category(kind: polars.DataType, column: str, where: str, dtype: bool = Fals
     raise DataError(f"{where}, column '{column}' holds {kind}; ids are whole numbers or words.")
 
 
-def _times(values: polars.Series, column: str, where: str) -> np.ndarray:
+def _refuse_fractions(ids: polars.Series, at: At) -> None:
+    """Refuse ids 1.5 and 1.7, of which both would become 1; 7.0 stands for 7."""
+    if (broken := ((ids != ids.floor()) & ids.is_finite()).fill_null(False)).any():
+        row = broken.arg_max() or 0
+        raise DataError(f"{at(row)}: {ids[row]} is no id. Store ids as text or whole numbers.")
+
+
+def _times(rows: polars.DataFrame, tables: Tables) -> np.ndarray:
     """Times [T] int64, of any unit: only their order counts."""
     pl = need_polars()
-    kind, found = values.dtype, values
+    column = str(tables.time)
+    values = found = rows[column]
+    kind = values.dtype
     if kind == pl.String:
         found = values.cast(pl.Int64, strict=False)
         if found.null_count():
@@ -147,34 +177,37 @@ def _times(values: polars.Series, column: str, where: str) -> np.ndarray:
     elif kind.is_integer() or kind.is_temporal():
         found = values.cast(pl.Int64)
     else:
-        raise DataError(f"{where}, column '{column}' holds {kind}, which is no time.")
+        raise DataError(f"interactions, column '{column}' holds {kind}, which is no time.")
     if found.null_count():
         row = found.is_null().arg_max() or 0
         raise DataError(
-            f"{where}, column '{column}', row {row} (counted from 0): {values[row]!r} is no time. Mend the "
-            f"row, or say `time: null` if nobody knows the times."
+            f"{tables.place(rows, column, row)}: {values[row]!r} is no time. Mend the row, or say "
+            f"`time: null` if nobody knows the times."
         )
     return found.to_numpy()
 
 
-def _labels(values: polars.Series, column: str, where: str) -> np.ndarray:
+def _labels(rows: polars.DataFrame, tables: Tables) -> np.ndarray:
     pl = need_polars()
+    column = str(tables.label)
+    values = rows[column]
     if not (values.dtype.is_numeric() or values.dtype == pl.Boolean):
-        raise DataError(f"{where}, column '{column}' holds {values.dtype}, not numbers.")
+        raise DataError(f"interactions, column '{column}' holds {values.dtype}, not numbers.")
     numbers = values.cast(pl.Float32).to_numpy()
     if len(wrong := np.flatnonzero(~np.isfinite(numbers))):
         row = int(wrong[0])
-        raise DataError(
-            f"{where}, column '{column}', row {row} (counted from 0): {values[row]} is no finite number."
-        )
+        raise DataError(f"{tables.place(rows, column, row)}: {values[row]} is no finite number.")
     return numbers
 
 
-def only_binary(labels: np.ndarray, column: str) -> np.ndarray:
+def only_binary(rows: polars.DataFrame, tables: Tables) -> None:
+    """Refuse labels of impressions other than 0 and 1; the rows are those of ``read_rows``."""
+    column = str(tables.label)
+    labels = rows[column].to_numpy()
     if len(wrong := np.flatnonzero((labels != 0) & (labels != 1))):
+        row = int(wrong[0])
         raise DataError(
-            f"interactions, column '{column}': the label {labels[wrong[0]]:g} is neither 0 nor 1, as the "
-            f"labels of impressions are. Name another column, or make positives of ratings with "
-            f"task: retrieval and at_least."
+            f"{tables.place(rows, column, row)}: the label {labels[row]:g} is neither 0 nor 1, as the labels "
+            f"of impressions are. Name another column, or make positives of ratings with task: retrieval and "
+            f"at_least."
         )
-    return labels

@@ -15,7 +15,7 @@ from torch import Tensor
 from distill.data.dataset import DataSet
 from distill.data.feature_schema import Feature, schema_of
 from distill.data.features import Features
-from distill.data.frames import need_polars, scan
+from distill.data.frames import need_polars, require, scan
 from distill.data.interaction_log import PARTS, TRAIN
 from distill.data.interaction_prepare import Settings, prepare, rows_of_lists
 from distill.data.interaction_source import InteractionSource, Law
@@ -189,21 +189,25 @@ class Interactions(InteractionData):
 
     def tables(self) -> Tables:
         pl = need_polars()
-        frames = [
-            scan(self.given["interactions"], "interactions").with_columns(pl.lit(TRAIN, pl.UInt8).alias(PART))
-        ]
-        for name, spec in self.parts.items():
-            if spec is not None:
-                frames.append(scan(spec, name).with_columns(pl.lit(PARTS[name], pl.UInt8).alias(PART)))
+        specs = {"interactions": self.given["interactions"]}
+        specs |= {name: spec for name, spec in self.parts.items() if spec is not None}
+        frames = {name: scan(spec, name) for name, spec in specs.items()}
+        needed = [c for c in self.columns.values() if c is not None]
+        needed += [f.source for f in self.schema if f.side == "context"]
+        for name, frame in frames.items():  # each by itself: below another, what it lacks would be null
+            require(frame, needed, name)
         alone = len(frames) == 1
+        part = {name: PARTS.get(name, TRAIN) for name in frames}
+        marked = [f.with_columns(pl.lit(part[name], pl.UInt8).alias(PART)) for name, f in frames.items()]
         return Tables(
-            frames[0].drop(PART) if alone else pl.concat(frames, how="diagonal_relaxed"),
+            frames["interactions"] if alone else pl.concat(marked, how="diagonal_relaxed"),
             None if self.given["users"] is None else scan(self.given["users"], "users"),
             None if self.given["items"] is None else scan(self.given["items"], "items"),
             str(self.columns["user"]),
             str(self.columns["item"]),
             self.columns["time"],
             self.columns["label"],
+            given={} if alone else {part[name]: name for name in frames},
         )
 
 

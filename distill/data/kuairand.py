@@ -11,7 +11,7 @@ import numpy as np
 from distill.data.archives import Archive
 from distill.data.cross_features import before, rate
 from distill.data.feature_schema import Feature
-from distill.data.frames import collect, need_polars
+from distill.data.frames import collect, columns_of, need_polars, require
 from distill.data.interaction_log import TEST, TRAIN
 from distill.data.interaction_prepare import Settings
 from distill.data.interaction_tables import PART, Tables
@@ -106,7 +106,7 @@ class KuaiRand(InteractionData):
         rows = collect(self._log(), self.archive.place("the log"))
         earlier = rows.filter(pl.col("date") < self.train_from)
         rows = rows.filter(pl.col("date") >= self.train_from)
-        users = self._table("user_features")
+        users = self._table("user_features", "user_id")
         videos = self._videos()
         told = collect(videos.select("video_id", "author_id", "first_tag"), "videos")
         part = pl.when(pl.col("date") >= self.test_from).then(TEST).otherwise(TRAIN).cast(pl.UInt8)
@@ -131,26 +131,39 @@ class KuaiRand(InteractionData):
             raise DataError(
                 f"{self.archive.path}: no log of KuaiRand; it takes log_standard_*.csv, or log_*.parquet."
             )
-        return pl.concat([self._file(name) for name in sorted(names)], how="vertical_relaxed")
+        numbers = ["date", "hourmin", "time_ms", "play_time_ms", "duration_ms", self.target]
+        frames = {name: self._file(name, ["user_id", "video_id", *numbers]) for name in sorted(names)}
+        for name, frame in frames.items():
+            known = columns_of(frame, self.archive.place(name))
+            for column in numbers:
+                if not (known[column].is_numeric() or known[column] == pl.Boolean):
+                    raise DataError(
+                        f"{self.archive.place(name)}, column '{column}' holds {known[column]}, not numbers. "
+                        f"Mend the column, or fetch the file again."
+                    )
+        return pl.concat(frames.values(), how="vertical_relaxed")
 
-    def _table(self, start: str) -> polars.LazyFrame:
+    def _table(self, start: str, *columns: str) -> polars.LazyFrame:
         names = [name for name in self.archive.files if name.startswith(start) and _is_table(name)]
         if not names:
             raise DataError(f"{self.archive.path}: there is no table {start}*.csv or .parquet.")
-        return self._file(names[0])
+        return self._file(names[0], columns)
 
-    def _file(self, name: str) -> polars.LazyFrame:
-        return self.archive.parquet(name) if name.endswith(".parquet") else self.archive.csv(name)
+    def _file(self, name: str, columns: Sequence[str]) -> polars.LazyFrame:
+        """A file that must have these columns."""
+        frame = self.archive.parquet(name) if name.endswith(".parquet") else self.archive.csv(name)
+        require(frame, columns, self.archive.place(name))
+        return frame
 
     def _videos(self) -> polars.LazyFrame:
         pl = need_polars()
-        videos = self._table("video_features_basic").with_columns(
+        videos = self._table("video_features_basic", "video_id", "author_id", "tag").with_columns(
             tag=pl.col("tag").cast(pl.String),
             first_tag=pl.col("tag").cast(pl.String).str.split(",").list.first(),
         )
         if any(f.source in STATISTICS for f in self.schema):
-            statistics = self._table("video_features_statistic").select("video_id", *STATISTICS)
-            videos = videos.join(statistics, on="video_id", how="left")
+            statistics = self._table("video_features_statistic", "video_id", *STATISTICS)
+            videos = videos.join(statistics.select("video_id", *STATISTICS), on="video_id", how="left")
         return videos
 
     def _before(self, earlier: polars.DataFrame) -> polars.LazyFrame | None:
@@ -165,7 +178,8 @@ class KuaiRand(InteractionData):
                 .select(user="user_id", items="video_id")
             )
         if any(name.startswith("user_history") for name in self.archive.files):
-            return self._table("user_history").select(user="user_id", items="long_watch_seq")
+            history = self._table("user_history", "user_id", "long_watch_seq")
+            return history.select(user="user_id", items="long_watch_seq")
         return None
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill.data.archives import Archive
 from distill.data.feature_schema import Feature
-from distill.data.frames import collect, columns_of, need_polars
+from distill.data.frames import collect, need_polars, require
 from distill.data.interaction_log import TEST, TRAIN
 from distill.data.interaction_prepare import Settings
 from distill.data.interaction_source import Law
@@ -46,6 +46,8 @@ GENRES_100K = [
     "Western",
 ]
 USER_FIELDS = ("gender", "age", "occupation", "zip")
+RATING = ["user_id", "movie_id", "rating", "timestamp"]  # what a table of ratings, or of films, must have
+FILM = ["movie_id", "title"]
 
 
 class MovieLens(InteractionData):
@@ -168,8 +170,16 @@ def _tables(
     return Tables(ratings, users, movies.with_columns(year), **named)
 
 
+def _read(archive: Archive, name: str, columns: Sequence[str], names: Mapping[str, str]) -> polars.LazyFrame:
+    """A file under our ``names`` (theirs -> ours), which must have these columns, by their names or ours."""
+    frame = archive.csv(name) if name.endswith(".csv") else archive.parquet(name)
+    frame = frame.rename(names, strict=False)
+    require(frame, columns, archive.place(name))
+    return frame
+
+
 def _100k(archive: Archive, at_least: float | None) -> Tables:
-    ratings = archive.table("u.data", "\t", ["user_id", "movie_id", "rating", "timestamp"])
+    ratings = archive.table("u.data", "\t", RATING)
     columns = ["movie_id", "title", "release_date", "video_release_date", "url", *GENRES_100K]
     movies = archive.table("u.item", "|", columns)
     users = archive.table("u.user", "|", ["user_id", "age", "gender", "occupation", "zip"])
@@ -177,9 +187,9 @@ def _100k(archive: Archive, at_least: float | None) -> Tables:
 
 
 def _100k_parquet(archive: Archive, at_least: float | None) -> Tables:
-    ratings = archive.parquet("ratings.parquet").rename({"item_id": "movie_id"})
-    movies = archive.parquet("items.parquet").rename({"movie_title": "title"})
-    users = archive.parquet("users.parquet").rename({"zip_code": "zip"})
+    ratings = _read(archive, "ratings.parquet", RATING, {"item_id": "movie_id"})
+    movies = _read(archive, "items.parquet", [*FILM, *GENRES_100K], {"movie_title": "title"})
+    users = _read(archive, "users.parquet", ["user_id"], {"zip_code": "zip"})
     return _tables(ratings, _genres_of_flags(movies), users)
 
 
@@ -192,7 +202,7 @@ def _genres_of_flags(movies: polars.LazyFrame) -> polars.LazyFrame:
 
 
 def _1m(archive: Archive, at_least: float | None) -> Tables:
-    ratings = archive.table("ratings.dat", "::", ["user_id", "movie_id", "rating", "timestamp"])
+    ratings = archive.table("ratings.dat", "::", RATING)
     movies = archive.table("movies.dat", "::", ["movie_id", "title", "genres"])
     users = archive.table("users.dat", "::", ["user_id", "gender", "age", "occupation", "zip"])
     return _tables(ratings, movies, users)
@@ -213,15 +223,15 @@ ONE_MILLION = {
 
 
 def _1m_parquet(archive: Archive, at_least: float | None) -> Tables:
-    frames = [archive.parquet(f"{name}.parquet") for name in ("ratings", "movies", "users")]
-    return _tables(*(frame.rename(ONE_MILLION, strict=False) for frame in frames))
+    columns = {"ratings": RATING, "movies": FILM, "users": ["user_id"]}
+    return _tables(*(_read(archive, f"{name}.parquet", columns[name], ONE_MILLION) for name in columns))
 
 
 def _small(archive: Archive, at_least: float | None) -> Tables:
-    read = archive.csv if "ratings.csv" in archive else archive.parquet
     kind = "csv" if "ratings.csv" in archive else "parquet"
     names = {"userId": "user_id", "movieId": "movie_id"}
-    ratings, movies = (read(f"{name}.{kind}").rename(names, strict=False) for name in ("ratings", "movies"))
+    ratings = _read(archive, f"ratings.{kind}", RATING, names)
+    movies = _read(archive, f"movies.{kind}", FILM, names)
     return _tables(_with_times(ratings, archive), movies, None)
 
 
@@ -243,7 +253,8 @@ def _without_times(archive: Archive, at_least: float | None) -> Tables:
             f"{archive.place('interactions.parquet')}: this copy says of a rating only whether it is 3 or "
             f"more; at_least must be 3 or left out, or take the original archive."
         )
-    columns_of(pairs, archive.place("interactions.parquet"))
+    required = ["UserID", "MovieID", "rating_ge3", "is_test"]
+    require(pairs, required, archive.place("interactions.parquet"))
     ratings = pairs.select(
         user_id="UserID",
         movie_id="MovieID",
@@ -252,14 +263,13 @@ def _without_times(archive: Archive, at_least: float | None) -> Tables:
     )
     if at_least is not None:
         ratings = ratings.drop_nulls()
-    test = archive.parquet("test_leave_one_out.parquet")
-    movies, users = (
-        archive.parquet(f"{n}.parquet").rename(ONE_MILLION, strict=False) for n in ("movies", "users")
-    )
+    test = _read(archive, "test_leave_one_out.parquet", ["user_id", "negative_MovieIDs"], ONE_MILLION)
+    movies = _read(archive, "movies.parquet", FILM, ONE_MILLION)
+    users = _read(archive, "users.parquet", ["user_id"], ONE_MILLION)
     return _tables(
         ratings if at_least is not None else ratings.drop("rating").with_columns(rating=pl.lit(3.0)),
         movies,
         users,
         time=None,
-        negatives=test.select(user="UserID", items="negative_MovieIDs"),
+        negatives=test.select(user="user_id", items="negative_MovieIDs"),
     )

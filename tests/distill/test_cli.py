@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill.cli import main
+from distill.cli import _left_out, main
 from distill.lock import only_run_in
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -679,6 +679,17 @@ def test_list_says_one_line_each(finished, kind, line):
     one = place("list", kind)
     assert one.code == 0 and re.search(f"^{line}", one.out, re.M)
     assert re.search(f"^{kind}:\n(  .*\n)*  {line}", place("list").out, re.M)
+
+
+@pytest.mark.parametrize(
+    ("reason", "line"),
+    [
+        ("no judgement", "left out: 1,200 queries with no judgement"),
+        ("users with labels of one kind, of GAUC", "left out of GAUC: 1,200 users with labels of one kind"),
+    ],
+)
+def test_what_was_left_out_reads_as_a_sentence(reason, line):
+    assert _left_out(reason, 1200) == line
 
 
 def test_evaluate_measures_what_the_run_measured(finished):

@@ -168,6 +168,15 @@ def test_refuses_to_be_asked_with_what_only_training_knows(features):
         model.encode_items(pl.DataFrame(items()))
     with pytest.raises(DataError, match="the column 'hour': it belongs to a pair"):
         model.encode_users([{**public(users(1))[0], "hour": "h0"}])
+    asked = public(users(2))
+    with pytest.raises(
+        DataError, match=r"row 1 \(counted from 0\): .* the column 'loyalty': it is privileged"
+    ):
+        model.encode_users([asked[0], {**asked[1], "loyalty": 1.0}])
+    with pytest.raises(DataError, match=r"row 1 \(counted from 0\): a NoneType, not a dictionary"):
+        model.encode_users([asked[0], None])
+    with pytest.raises(DataError, match=r"column 'history', row 1 .*values of several types"):
+        model.encode_users([asked[0], {**asked[1], "history": ["i1", 2]}])
     with pytest.raises(DataError, match="'loyalty'"):
         model.represent(batch, SCORES)
     with pytest.raises(DataError, match="'age'"):

@@ -99,6 +99,7 @@ def test_a_hash_is_the_same_on_every_machine(features):
         ({"hist": ["x"]}, "column 'hist' holds words, but it was fitted on whole numbers"),
         ({"hist": 5}, "column 'hist' holds Int64, not lists"),
         ({"age": float("nan")}, r"column 'age', row 0 \(counted from 0\): nan is no finite number"),
+        ({"hist": [10.0, 1.5]}, r"rows, column 'hist', row 0 .*1.5 is no category"),
         ({"age": "old"}, "column 'age' holds String, not numbers"),
         ({"age": None}, "column 'age', row 0 .* None is no finite number"),
     ],
@@ -114,8 +115,18 @@ def test_a_missing_column_is_named(features):
         features.encode(rows, features.side("user"))
     with pytest.raises(DataError, match="there is no column 'genres'"):
         features.encode(ITEMS[["item"]], features.side("item"))
-    with pytest.raises(DataError, match="values of several types"):
-        features.encode([user(user="a"), user(user=3)], features.side("user"))
+
+
+def test_a_row_that_is_unlike_the_others_is_named(features):
+    for changed, column in (({"user": 3}, "user"), ({"hist": ["x"]}, "hist"), ({"hist": [10, "x"]}, "hist")):
+        rows = [user(), user(user=None), user(**changed), user()]
+        with pytest.raises(DataError, match=rf"rows, column '{column}', row 2 .*values of several types"):
+            features.encode(rows, features.side("user"))
+    with pytest.raises(DataError, match=r"rows, row 1 \(counted from 0\): a NoneType, not a dictionary"):
+        features.encode([user(), None], features.side("user"))
+    floats = [user(hist=None), user(hist=[10.0, 20.0]), user(hist=[10.0, 1.5])]
+    with pytest.raises(DataError, match=r"column 'hist', row 2 .*1.5 is no category"):
+        features.encode(pl.DataFrame(floats), features.side("user"))
 
 
 def test_what_is_not_asked_for_is_not_looked_at(features):
@@ -169,6 +180,27 @@ def test_an_unknown_format_says_why_it_does_not_open(features, tmp_path, version
     (tmp_path / "features.json").write_text(json.dumps({**told, "format": version}))
     with pytest.raises(DataError, match=f"format {version} is not known .* formats 1 to 1"):
         Features.load(tmp_path)
+
+
+def test_text_vectors_that_are_missing_or_damaged_are_named(tmp_path):
+    title = Feature(name="title", kind="text", side="item", encoder="any")
+    features = Features([title])
+    features._vocabularies, features._vectors = {"title": pl.Series(["a"])}, {"title": torch.ones(3, 2)}
+    features.save(tmp_path)
+    file = tmp_path / "text_vectors.safetensors"
+    assert Features.load(tmp_path).text_vectors("title").shape == (3, 2)
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(DataError, match=r"text_vectors.safetensors: .* save the model again, or copy"):
+        Features.load(tmp_path)
+    file.unlink()
+    with pytest.raises(DataError, match=r"text_vectors.safetensors: .* save the model again, or copy"):
+        Features.load(tmp_path)
+
+
+def test_a_fraction_among_categories_is_named_without_a_row_where_none_is_known():
+    age = Feature(name="age", kind="categorical", side="user")
+    with pytest.raises(DataError, match=r"^users, column 'age': 2.5 is no category"):
+        Features([age]).fit(user=pl.DataFrame({"age": [1.0, 1.0, 2.5]}))
 
 
 def test_a_damaged_folder_is_named(features, tmp_path):

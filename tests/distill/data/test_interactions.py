@@ -1,5 +1,6 @@
 """Interactions: order, filters, splits in time, histories, batches; small enough to check by hand."""
 
+import gzip
 import logging
 
 import numpy as np
@@ -27,6 +28,10 @@ ROWS = pl.DataFrame(  # out of order; user 1 took 30 and 40 at one time
         "timestamp": [5, 3, 1, 6, 3, 2, 7, 9],
     }
 )
+
+
+LABELLED = ROWS.with_columns(label=pl.lit(1), hour=pl.lit(0.5))
+PART_ROWS = LABELLED.head(3)
 
 
 def items_of(judged) -> list[list[int]]:
@@ -215,6 +220,16 @@ def test_a_ring_gives_every_other_item_once():
             {"users": pl.DataFrame({"user_id": [1]})},
             "row 0 .*: there is no row for 2 in the table of users",
         ),
+        (
+            ROWS.with_columns(user_id=pl.Series([2.0, 1.0, None, 1.7, 1.0, 1.0, 2.0, 1.0])),
+            {},
+            r"interactions, column 'user_id', row 3 \(counted from 0\): 1.7 is no id",
+        ),
+        (
+            ROWS,
+            {"items": pl.DataFrame({"item_id": [10.0, 20.5, 30.0, 40.0, 50.0]})},
+            "items, column 'item_id', row 1 .*: 20.5 is no id",
+        ),
         (ROWS, {"items": pl.DataFrame({"item_id": [1, 1]})}, "the id 1 stands there more than once"),
         (ROWS, {"users": pl.DataFrame({"user_id": ["1", "2"]})}, "give ids of one type"),
         (
@@ -227,6 +242,73 @@ def test_a_ring_gives_every_other_item_once():
 def test_a_table_that_cannot_be_is_named(frame, arguments, message):
     with pytest.raises(DataError, match=message):
         Interactions(frame, arguments.pop("features", IDS), **arguments).split("train")
+
+
+def test_whole_floats_are_ids():
+    floats = ROWS.with_columns(pl.col("user_id", "item_id").cast(pl.Float64))
+    assert items_of(Interactions(floats, IDS).split("test")) == [[50], [30]]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("side", "feature", "values", "message"),
+    [
+        ("user", {"kind": "dense"}, [1.0, NAN], "users, column 'x', row 1 .*nan is no finite number"),
+        ("user", {"kind": "categorical"}, [1.0, 2.5], "users, column 'x', row 1 .*2.5 is no category"),
+        ("item", {"kind": "dense"}, [1.0, 1.0, 1.0, NAN, 1.0], "items, column 'x', row 3 "),
+        ("context", {"kind": "dense"}, [1.0] * 7 + [NAN], "interactions, column 'x', row 7 "),
+        ("context", {"kind": "categorical"}, [1.0] * 6 + [0.5, 1.0], "interactions, column 'x', row 6 "),
+    ],
+)
+def test_a_feature_that_cannot_be_names_the_row_as_given(side, feature, values, message):
+    """Encoding comes after sorting and filtering: its rows are those of no file."""
+    x = pl.Series("x", values)
+    users = pl.DataFrame({"user_id": [2, 1]}).with_columns(x if side == "user" else [])
+    items = pl.DataFrame({"item_id": [50, 40, 30, 20, 10]}).with_columns(x if side == "item" else [])
+    rows = ROWS.with_columns(x if side == "context" else [])
+    schema = [*IDS, {"name": "x", "side": side, **feature}]
+    with pytest.raises(DataError, match=message):
+        Interactions(rows, schema, users=users, items=items).split("train")
+
+
+@pytest.mark.parametrize("part", ["dev", "test"])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (PART_ROWS.drop("item_id"), ": there is no column 'item_id'; it has user_id, timestamp, label, hour"),
+        (PART_ROWS.drop("timestamp"), ": there is no column 'timestamp'"),
+        (PART_ROWS.drop("label"), ": there is no column 'label'"),
+        (PART_ROWS.drop("hour"), ": there is no column 'hour'"),
+        (
+            PART_ROWS.with_columns(user_id=pl.Series([1, 2, None])),
+            ", column 'user_id', row 2 .*id is missing",
+        ),
+        (
+            PART_ROWS.with_columns(item_id=pl.Series([10.0, 20.5, 30.0])),
+            ", column 'item_id', row 1 .*20.5 is no id",
+        ),
+        (
+            PART_ROWS.with_columns(timestamp=pl.Series([1.0, NAN, 2.0])),
+            ", column 'timestamp', row 1 .*no time",
+        ),
+        (
+            PART_ROWS.with_columns(label=pl.Series([1.0, 0.0, NAN])),
+            ", column 'label', row 2 .*no finite number",
+        ),
+        (PART_ROWS.with_columns(label=pl.Series([1, 2, 0])), ", column 'label', row 1 .*neither 0 nor 1"),
+        (
+            PART_ROWS.with_columns(hour=pl.Series([1.0, NAN, 2.0])),
+            ", column 'hour', row 1 .*no finite number",
+        ),
+    ],
+)
+def test_a_part_that_is_a_table_of_its_own_is_named(part, changed, message):
+    hour = {"name": "hour", "kind": "dense", "side": "context"}
+    tables = {"dev": PART_ROWS, "test": PART_ROWS} | {part: changed}
+    with pytest.raises(DataError, match=f"^{part}{message}"):
+        Interactions(LABELLED, [*IDS, hour], task="pairs", split="time", **tables).split("train")
 
 
 @pytest.mark.parametrize(
@@ -262,6 +344,7 @@ def test_files_frames_and_column_names(tmp_path):
     other.write_csv(tmp_path / "rows.csv")
     other.write_parquet(tmp_path / "rows.parquet")
     other.write_ndjson(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress((tmp_path / "rows.csv").read_bytes()))
     schema = [{**f, "column": {"user_id": "u", "item_id": "i"}.get(f["name"])} for f in IDS]
     names = {"user": "u", "item": "i", "time": "t"}
     for spec in (*sorted(tmp_path.iterdir()), other.lazy(), other.to_pandas(), other.to_arrow()):
@@ -292,6 +375,16 @@ def clicks(frame=CLICKS, **arguments) -> Interactions:
     return Interactions(frame, [*IDS, DWELL], task="pairs", split="time", dev=0.0, test=0.12, **arguments)
 
 
+@pytest.mark.parametrize("name", ["clicks.csv", "clicks.csv.gz", "clicks.tsv.gz"])
+def test_labels_of_packed_csv_files_are_numbers(tmp_path, name):
+    CLICKS.to_csv(tmp_path / name, index=False, sep="\t" if ".tsv" in name else ",")
+    assert clicks(tmp_path / name).split("train").labels.tolist() == [1, 0, 1, 0, 0, 0, 1, 0]
+    if name.endswith(".gz"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:60])
+        with pytest.raises(DataError, match=f"{name}.*cannot be read"):
+            clicks(tmp_path / name).split("train")
+
+
 def test_impressions_with_one_history_are_one_query():
     data = clicks()
     train = data.split("train")
@@ -313,7 +406,7 @@ def test_a_query_is_no_wider_than_asked_and_lists_no_item_twice():
 
 
 def test_a_label_of_impressions_is_zero_or_one():
-    with pytest.raises(DataError, match="column 'label': the label 2 is neither 0 nor 1"):
+    with pytest.raises(DataError, match=r"column 'label', row 3 .*: the label 2 is neither 0 nor 1"):
         clicks(CLICKS.assign(label=[0, 1, 0, 2, 0, 1, 1, 0, 1])).split("train")
     with pytest.raises(DataError, match=r"column 'label', row 3 .* no finite number"):
         clicks(CLICKS.assign(label=[0, 1, 0, None, 0, 1, 1, 0, 1])).split("train")

@@ -11,6 +11,7 @@ import torch
 from distill.build import Builder
 from distill.data import KuaiRand, MovieLens
 from distill.data.cross_features import before
+from distill.data.movielens import GENRES_100K
 from distill.errors import DataError
 from distill.recipe import check_recipe
 
@@ -83,6 +84,68 @@ def test_a_folder_that_is_no_movielens(tmp_path):
         MovieLens(tmp_path / "x.zip")
 
 
+def parquet_layouts() -> dict[str, dict[str, pl.DataFrame]]:
+    """The parquet tables of MovieLens, by layout and file."""
+    ratings = pl.DataFrame(RATINGS, ["user_id", "movie_id", "rating", "timestamp"], orient="row")
+    movies = pl.DataFrame({"movie_id": [1, 2, 3], "title": ["A (1991)", "B", "C"], "genres": ["x"] * 3})
+    users = pl.DataFrame(
+        {"user_id": [1, 2], **{name: ["a", "b"] for name in ("gender", "age", "occupation")}}
+    )
+    flags = movies.select("movie_id", movie_title="title", **{genre: pl.lit(1) for genre in GENRES_100K})
+    pairs = {
+        "UserID": [1, 1, 2],
+        "MovieID": [1, 2, 1],
+        "rating_ge3": [True] * 3,
+        "is_test": [False, True, False],
+    }
+    return {
+        "100k": {
+            "ratings.parquet": ratings.rename({"movie_id": "item_id"}),
+            "items.parquet": flags,
+            "users.parquet": users.with_columns(zip_code=pl.lit("1")),
+        },
+        "1m": {
+            "ratings.parquet": ratings.rename({"timestamp": "Timestamp"}),
+            "movies.parquet": movies.rename({"title": "Title"}),
+            "users.parquet": users.with_columns(zip=pl.lit("1")),
+        },
+        "small": {"ratings.parquet": ratings, "movies.parquet": movies},
+        "without times": {
+            "interactions.parquet": pl.DataFrame(pairs),
+            "test_leave_one_out.parquet": pl.DataFrame({"UserID": [1], "negative_MovieIDs": [[3]]}),
+            "movies.parquet": movies,
+            "users.parquet": users.with_columns(zip=pl.lit("1")),
+        },
+    }
+
+
+@pytest.mark.parametrize("layout", parquet_layouts())
+def test_a_column_that_a_table_of_movielens_lacks_is_named(tmp_path, layout):
+    tables = parquet_layouts()[layout]
+
+    def written(changed):
+        for name, table in changed.items():
+            table.write_parquet(tmp_path / name)
+        return MovieLens(tmp_path).split("train")
+
+    assert len(written(tables).queries)
+    for name, table in tables.items():
+        for column in table.columns:
+            if column not in ("genres", "gender", "age", "occupation", "zip", "zip_code"):  # of the schema
+                with pytest.raises(DataError, match=f"{name}: there is no column '.*'; it has "):
+                    written({**tables, name: table.drop(column)})
+
+
+@pytest.mark.parametrize("file", LAYOUTS["small"])
+def test_a_column_that_a_csv_of_movielens_lacks_is_named(tmp_path, file):
+    for name, text in LAYOUTS["small"].items():
+        (tmp_path / name).write_text(text)
+    column = "title" if file == "movies.csv" else "timestamp"
+    (tmp_path / file).write_text(LAYOUTS["small"][file].replace(column, "other"))
+    with pytest.raises(DataError, match=f"{file}: there is no column '{column}'; it has .*other"):
+        MovieLens(tmp_path).split("train")
+
+
 @pytest.mark.parametrize(
     ("name", "users", "films", "train"),
     [("ml-1m", 6040, 3706, 988_129), ("ml-100k", 943, 1682, 98_114), ("ml-latest-small", 610, 9724, 99_615)],
@@ -128,6 +191,9 @@ LOG = {  # user 1 sees videos 10, 20, 10 of the authors 7, 8, 7
     **{name: [0] * 6 for name in ("is_like", "is_follow", "is_comment", "is_forward", "is_hate", "tab")},
     **{name: [0] * 6 for name in ("is_profile_enter", "profile_stay_time", "comment_stay_time", "is_rand")},
 }
+
+
+KUAIRAND_NEEDS = "user_id video_id date hourmin time_ms long_view play_time_ms duration_ms".split()
 
 
 @pytest.fixture
@@ -195,6 +261,30 @@ def test_what_is_crossed_is_strictly_earlier():
 def test_a_choice_that_kuairand_does_not_have(kuairand, arguments, message):
     with pytest.raises(ValueError, match=message):
         KuaiRand(kuairand, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("file", "column"),
+    [
+        *(("log_standard_4_22_to_5_08_pure.csv", name) for name in LOG if name in KUAIRAND_NEEDS),
+        ("user_features_pure.csv", "user_id"),
+        *(("video_features_basic_pure.csv", name) for name in ("video_id", "author_id", "tag")),
+    ],
+)
+def test_a_column_that_a_file_of_kuairand_lacks_is_named(kuairand, file, column):
+    path = kuairand / "KuaiRand-Pure" / "data" / file
+    pl.read_csv(path).drop(column).write_csv(path)
+    with pytest.raises(DataError, match=f"{file}: there is no column '{column}'; it has "):
+        KuaiRand(kuairand).split("train")
+
+
+@pytest.mark.parametrize("column", ["long_view", "date", "hourmin", "duration_ms"])
+def test_a_column_of_kuairand_that_holds_words_is_named(kuairand, column):
+    file = "log_standard_4_22_to_5_08_pure.csv"
+    path = kuairand / "KuaiRand-Pure" / "data" / file
+    pl.read_csv(path).with_columns(pl.lit("yes").alias(column)).write_csv(path)
+    with pytest.raises(DataError, match=f"{file}, column '{column}' holds String, not numbers"):
+        KuaiRand(kuairand).split("train")
 
 
 def test_the_real_kuairand(data_root):
