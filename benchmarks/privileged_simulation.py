@@ -3,7 +3,7 @@
     python benchmarks/privileged_simulation.py
 
 Runs ``recsys/simulated`` for several c, how much of the label the privileged feature holds, and seeds of data
-and training. Writes ``benchmarks/results/privileged_simulation.json`` and ``recipes/simulated.png``.
+and training. Writes ``benchmarks/results/privileged_simulation.json`` and ``.png``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).parent
-RESULT, PLOT = HERE / "results" / "privileged_simulation.json", HERE.parent / "recipes" / "simulated.png"
+RESULT = Path(__file__).parent / "results" / "privileged_simulation.json"
+PLOT = RESULT.with_suffix(".png")
 MODELS = {
     "ranker": "ranker, which sees z",
     "student": "student taught by it",
