@@ -198,13 +198,13 @@ def _warnings(graph: DistillationGraph, patients: Sequence[Patient]) -> Iterator
         where = f"models.{name}" + (f" on {data}" if data != "data" else "")
         held_out = of.get((name, data, "dev"))
         for line in ailments(one.health, None if held_out is None else held_out.health):
-            yield f"{where}: {line}."
+            yield _sentence(f"{where}: {line}")
         for arrow in graph.arrows if one.health.in_list <= SHARP else ():
             temperature = getattr(arrow.objective, "teacher_temperature", None)
             hears = arrow.tail == name and (arrow.data is None or data in arrow.data)
             if hears and temperature is not None and "scores" in arrow.objective.teacher_needs:
                 for line in misheard((held_out or one).health, temperature):
-                    yield f"losses.{arrow.name}: {where}: {line}."
+                    yield _sentence(f"losses.{arrow.name}: {where}: {line}")
     for one, other in combinations([one for one in patients if one.split == "train"], 2):
         if one.data == other.data and np.array_equal(one.said.lists, other.said.lists):
             yield from _between(one, other)
@@ -218,3 +218,7 @@ def _between(one: Patient, other: Patient) -> Iterator[str]:
             yield f"{names} teach opposite orders (agreement {mean:+.2f}): one of them is wrong."
         elif mean > 0.995:
             yield f"{names} put nearly all candidates in one order (agreement {mean:+.3f}): one adds nothing."
+
+
+def _sentence(line: str) -> str:
+    return line if line.endswith("?") else f"{line}."

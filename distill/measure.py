@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from distill.data.judged import Judged, TextTable
 from distill.errors import RecipeError
 from distill.evaluation import Evaluation, evaluate_model, queries_per_second, size_in_mb, tells_classes
 from distill.evaluation.scoring import can_search, pair_columns
+from distill.evaluation.stored import stored
 from distill.model import Encoder, Model
 from distill.settings import EvaluateSettings
 
@@ -54,7 +56,7 @@ def measure(
     progress: bool = False,
     first: Model | None = None,
 ) -> Evaluation:
-    """Measure a model as the ``evaluate`` section of a recipe says.
+    """Measure a model as the ``evaluate`` section of a recipe says; frozen teachers of texts by the store.
 
     Args:
         dev: Gives the thresholds.
@@ -63,8 +65,9 @@ def measure(
     if problem := why_not(model, judged, first, settings.metrics):
         raise RecipeError(f"{problem}; measure it on listed candidates.")
     texts = isinstance(judged.queries, TextTable)
-    return evaluate_model(
-        cast(Encoder, model),  # or a PairScorer
+    measured = stored(model, judged.task == "retrieval") if texts else model
+    evaluation = evaluate_model(
+        cast(Encoder, measured),  # or a PairScorer
         judged,
         settings.metrics,
         rerank=settings.rerank,
@@ -72,6 +75,7 @@ def measure(
         threshold_from=dev,
         progress=progress,
     )
+    return replace(evaluation, asked=getattr(measured, "asked", None))
 
 
 def entry_of(model: Model, evaluation: Evaluation | None, judged: Judged | None) -> dict[str, Any]:

@@ -43,12 +43,13 @@ class Evaluation:
     queries: int  # how many queries, or pairs, the means are over
     left_out: Mapping[str, int] = field(default_factory=dict)  # reason -> how many
     threshold: float | None = None  # of Accuracy and F1
+    asked: int | None = None  # about how many texts and pairs; the others were in the store. None: about all
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the values per query, as plain types; an undefined mean (nan) is None."""
         means = {name: None if np.isnan(value) else value for name, value in self.means.items()}
         plain_fields = {
-            name: getattr(self, name) for name in ("name", "task", "method", "queries", "threshold")
+            name: getattr(self, name) for name in ("name", "task", "method", "queries", "threshold", "asked")
         }
         return plain_fields | {"metrics": means, "left_out": dict(self.left_out)}
 

@@ -114,8 +114,13 @@ def score(
                 bar.update(len(part))
         return torch.cat(said)
 
-    found = in_shares(scores, torch.arange(len(query)))
+    found = _in_shares(model, scores, torch.arange(len(query)))
     return found if place is None else found[place]
+
+
+def _in_shares(model: Any, ask: Callable[[Any], Any], given: Any) -> Any:
+    """All processes ask for their share and have all; a model may see to that itself (``stored.py``)."""
+    return ask(given) if getattr(model, "asks_in_shares", False) else in_shares(ask, given)
 
 
 def score_listed(model: Measured, judged: Judged, progress: bool = False) -> Tensor:
@@ -163,7 +168,7 @@ def _encoded(
     """Vectors, u rows, of the distinct ones of ``rows`` [T], and which of them each row is [T]."""
     distinct, place = torch.unique(rows, return_inverse=True)
     with serving(model):
-        return in_shares(partial(encode, progress=progress), table.take(distinct)), place
+        return _in_shares(model, partial(encode, progress=progress), table.take(distinct)), place
 
 
 class _Laid(NamedTuple):
@@ -180,7 +185,7 @@ def _laid(model: VectorScorer, judged: Judged, kept: Tensor, place_of: Tensor, p
     groups = _by_content(judged.candidates, place_of)
     with serving(model):
         firsts = judged.candidates.take(groups.values[groups.offsets[:-1]])
-        vectors = in_shares(partial(model.encode_candidates, progress=progress), firsts)
+        vectors = _in_shares(model, partial(model.encode_candidates, progress=progress), firsts)
     queries, place = _encoded(
         model.encode_queries, judged.queries, judged.queries.same[kept], progress, model
     )

@@ -43,6 +43,14 @@ class Place:
             return represent(model, batch, needs)
 
         monkeypatch.setattr(CrossEncoder, "represent", counted)
+        self.measured: list[int] = []  # pairs that it is asked about outside training
+        score_pairs = CrossEncoder.score_pairs
+
+        def counted_pairs(model, queries, candidates, progress=False):
+            self.measured.append(len(queries))
+            return score_pairs(model, queries, candidates, progress)
+
+        monkeypatch.setattr(CrossEncoder, "score_pairs", counted_pairs)
         rows = [
             {
                 "query": f"what is {TOPICS[q % 5]} {q}",
@@ -114,6 +122,39 @@ def test_what_is_scored_is_not_asked_again_by_a_run(here):
     blocks = here.blocks()
     assert here("run").code == 0 and here.calls == [] and here.blocks() == blocks
     assert re.search(r"cross +data +pairs +24 +24 +0 +\n", here("score").out) and here.calls == []
+
+
+def test_what_teachers_said_when_they_were_measured_is_not_asked_again(here, monkeypatch):
+    encoded: list[int] = []
+    encode = BiEncoder._encode
+
+    def counted(model, texts, *others):
+        encoded.append(len(texts) if not any(p.requires_grad for p in model.parameters()) else 0)
+        return encode(model, texts, *others)
+
+    monkeypatch.setattr(BiEncoder, "_encode", counted)
+    checkpoint = here.document["models"]["student"]["checkpoint"]
+    here.document["models"]["bi"] = {"type": "students.BiEncoder", "checkpoint": checkpoint, "max_length": 16}
+    here.document["losses"]["vectors"] = {
+        "type": "distill.objectives.EmbeddingMatch", "from": "bi", "to": "student"
+    }  # fmt: skip
+    here.document["data"] |= {"test": str(here.rows)}
+    here.document["evaluate"] = {"split": "test", "metrics": ["MAP"]}
+
+    def told(name: str) -> dict[str, Any]:
+        return json.loads((here.folder / "runs" / name / "metrics.json").read_text())["models"]
+
+    assert here("run").code == 0
+    assert sum(here.measured) == told("tiny")["cross"]["asked"] == 24
+    assert told("tiny")["bi"]["asked"] == 8 + 15 and told("tiny")["student"]["asked"] is None
+    here.measured.clear(), encoded.clear()
+    assert here("run", "name=again").code == 0 and here.measured == []
+    assert set(encoded) == {0, 8}  # the queries by which its speed is measured
+    assert told("again")["cross"]["asked"] == told("again")["bi"]["asked"] == 0
+    for model in ("cross", "bi", "student"):
+        assert told("again")[model]["metrics"] == told("tiny")[model]["metrics"]
+    here.document["models"]["cross"]["max_length"] = 8  # it reads less: another teacher
+    assert here("run", "name=short").code == 0 and sum(here.measured) == 24
 
 
 def test_a_second_run_asks_nothing_and_learns_the_same(here):
