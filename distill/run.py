@@ -29,7 +29,8 @@ from distill.checkup import Patient, checkup
 from distill.data.judged import Judged, Table
 from distill.errors import DataError, RecipeError, RunError
 from distill.evaluation import Evaluation, evaluate_reference
-from distill.evaluation.significance import CONFIDENCE, compare
+from distill.evaluation.significance import CONFIDENCE
+from distill.evaluation.significance_of_pairs import compare_trainings, unit
 from distill.graph import DistillationGraph
 from distill.hub.card import Kind, model_card
 from distill.hub.files import atomic_write_text
@@ -368,18 +369,16 @@ class _Run:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def _comparison(self, evaluations: Mapping[str, Evaluation | None]) -> dict[str, Any] | None:
-        """The student with and without teachers on the same queries, or users, in the first metric that has
-        a value for each: a correlation over all pairs, or their AUC, has none."""
+        """The student with and without teachers on the same queries, users or pairs, in the first metric that
+        can be tested."""
         keep, alone = evaluations[self.recipe.keep], evaluations.get("baseline")
         if keep is None or alone is None:
             return None
-        known = keep.per_query.notna().sum()
-        metric = next((m for m in self.recipe.evaluate.metrics if known.get(m, 0) >= 2), None)
-        if metric is None:
-            return None
-        found = compare(alone.per_query, keep.per_query, metric)
-        of = "users" if "weight" in keep.per_query else "queries"
-        return {"metric": metric, "confidence": CONFIDENCE, "of": of, **found._asdict()}
+        for metric in self.recipe.evaluate.metrics:
+            if (found := compare_trainings([alone.per_query], [keep.per_query], metric)) is not None:
+                of = unit(keep.per_query)
+                return {"metric": metric, "confidence": CONFIDENCE, "of": of, **found._asdict()}
+        return None
 
     def _card(self, measures: Mapping[str, Mapping[str, Any]], model: Model) -> str:
         recipe = self.recipe

@@ -12,14 +12,8 @@ from typing import Any
 import pandas as pd
 
 from distill.evaluation import higher_is_better
-from distill.evaluation.significance import (
-    CONFIDENCE,
-    POWER,
-    compare,
-    detectable,
-    holm,
-    mean_over_seeds,
-)
+from distill.evaluation.significance import CONFIDENCE, POWER, detectable, holm
+from distill.evaluation.significance_of_pairs import compare_trainings, unit
 from distill.hub.files import read_json
 from distill.results import NOTHING
 
@@ -173,18 +167,16 @@ def _paired(
 
 
 def _tested(pairs: Sequence[tuple[Measured, Measured]], metric: str, resamples: int) -> dict[str, Any] | None:
-    """Interval and test of one comparison; None: there is no value per query."""
-    if not pairs or any(metric not in cell.per_query for pair in pairs for cell in pair):
+    """Interval and test of one comparison; None: it cannot be told what queries or pairs differ in."""
+    if not pairs:
         return None
     before, after = ([pair[side].per_query for pair in pairs] for side in (0, 1))
-    if len(before[0]) < 2:
+    if (found := compare_trainings(before, after, metric, resamples)) is None:
         return None
-    found = compare(
-        mean_over_seeds(before, metric), mean_over_seeds(after, metric), metric, resamples=resamples
-    )
     sign = 1 if higher_is_better(metric) else -1
     gains = [sign * (pair[1].metrics[metric] - pair[0].metrics[metric]) for pair in pairs]  # type: ignore[operator]
     return found._asdict() | {
+        "of": unit(before[0]),
         "seeds": len(pairs),
         "better": sum(gain > 0 for gain in gains),  # on how many seeds
         "detectable": detectable(found.spread, found.queries),
@@ -281,7 +273,7 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
             yield f"{where}teacher {name}{within}: {values}"
         yield f"{where}{_won(found.get('winner'), results['power'])}"
     yield (
-        "Differences are over queries, each query's value averaged over seeds; answers: texts and pairs that "
+        "Differences are over queries, users or pairs, averaged over seeds; answers: texts and pairs that "
         "teachers were heard about; tokens and seconds: of one training, without asking teachers."
     )
     if results.get("jobs", 1) > 1:
@@ -296,10 +288,13 @@ def _won(winner: Mapping[str, Any] | None, likely: float) -> str:
     metric, test = winner["metric"], winner["test"]
     chosen = f"winner: {winner['variant']}, the best of {winner['of']} on dev ({metric} {winner['dev']:.4f})"
     if test is None:
-        return f"{chosen}; no test: {metric} has no value per query, or no seed is finished on both sides"
+        return (
+            f"{chosen}; no test of {metric}: nothing says how queries or pairs differ in it, or no seed is "
+            f"finished on both sides"
+        )
     difference, interval, *_ = _told(test)
     return (
         f"{chosen}; tested once: {difference} {metric} ({interval}, p = {test['p_holm']:.2g}, "
-        f"{test['queries']:,} queries). With {likely:.0%} power this test would find a difference of "
-        f"{test['detectable']:.4f}."
+        f"{test['queries']:,} {test.get('of', 'queries')}). With {likely:.0%} power this test would find a "
+        f"difference of {test['detectable']:.4f}."
     )

@@ -146,6 +146,30 @@ def test_without_values_per_query_or_dev_there_are_means_and_no_test():
     assert "no winner: dev was not measured" in "\n".join(lines(results))
 
 
+def test_a_correlation_is_tested_over_pairs():
+    def run(noise, seed):
+        draw = np.random.default_rng(seed)
+        labels = np.arange(60) % 6
+        rows = {"query": range(60), "candidate": range(60), "label": labels}
+        frame = pd.DataFrame({**rows, "score": labels + draw.normal(0, noise, 60)})
+        spearman = frame["score"].corr(frame["label"], method="spearman")
+        return Measured({"Spearman": spearman}, {"Spearman": spearman}, frame, {})
+
+    measured = {
+        ("", name, seed): run(noise, [seed, place])
+        for seed in (1, 2)
+        for place, (name, noise) in enumerate({"none": 4.0, "kl": 0.5}.items())
+    }
+    results = tabulate("s", ALONE, {"": ["Spearman"]}, measured, resamples=999)
+    test = results["data"][""]["variants"]["kl"]["tests"]["Spearman"]
+    means = [results["data"][""]["variants"][name]["metrics"]["Spearman"]["mean"] for name in ("none", "kl")]
+    assert test["difference"] == pytest.approx(means[1] - means[0])
+    assert test["low"] > 0 and test["p_value"] < 0.01 and (test["better"], test["of"]) == (2, "pairs")
+    assert f"60 pairs). With 80% power this test would find {test['detectable']:.4f}" in "\n".join(
+        lines(results)
+    ).replace("a difference of ", "")
+
+
 def test_the_table_and_the_lines_say_what_the_figures_are(tmp_path):
     measured = study(np.random.default_rng(1), 0.2)
     answers = {"teacher_answers": {"bi": 700, "cross": 300}, "teacher_calls": {"bi": 700}}
