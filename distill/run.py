@@ -5,6 +5,7 @@ A run is a folder. What is finished in it is not done again: an interrupted run 
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
 import logging
@@ -13,10 +14,11 @@ import shutil
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pandas as pd
@@ -38,6 +40,7 @@ from distill.hub.own import opens
 from distill.lock import LOCK, only_run_in
 from distill.measure import entry_of, measure, why_not
 from distill.model import Encoder, Model
+from distill.nn.text_encoder import without_weights
 from distill.paths import replacing, store_folder
 from distill.plan import (
     Plan,
@@ -74,6 +77,7 @@ class Runs:
     trusted: Collection[str] = ()
     overwrite: bool = False
     asked_by: tuple[str, ...] = ()
+    _untrained: dict[str, Path] = field(default_factory=dict, compare=False)
 
     def load(self, spec: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """A recipe with overrides; all mistakes of its keys, types and names are in one error."""
@@ -194,7 +198,7 @@ class Runs:
         return folder / recipe.keep
 
     def _configuration_of(self, name: str) -> str | Path | None:
-        """A checkpoint of the same architecture as the model that another recipe leaves, or will leave.
+        """The model that another recipe leaves; where that is not made yet, what it will be made from.
 
         None: it will be there, but is made from no checkpoint.
         """
@@ -202,9 +206,22 @@ class Runs:
         folder = self.folder / recipe.name / recipe.keep
         if (folder / "config.json").exists() or (folder / "modules.json").exists():
             return folder
-        checkpoint = recipe.models.get(recipe.keep, {}).get("checkpoint")
+        node, where = recipe.models.get(recipe.keep, {}), f"{name}: models.{recipe.keep}"
         builder = self._builder(runs._configuration_of)
-        return builder.build(checkpoint, f"{name}: models.{recipe.keep}")
+        if (checkpoint := builder.build(node.get("checkpoint"), where)) is None:
+            return None
+        own = {key: value for key, value in node.items() if key != "train"} | {"checkpoint": checkpoint}
+        asks_others = "of" in own or any(isinstance(value, Mapping) for value in own.values())
+        if asks_others or set(own) == {"type", "checkpoint"}:
+            return checkpoint
+        if name not in self._untrained:  # its layers, classes, sizes are not the checkpoint's
+            with without_weights(False):
+                model = builder.build(own, where)
+            above = mkdtemp()
+            atexit.register(shutil.rmtree, above, ignore_errors=True)
+            model.save_pretrained(Path(above) / recipe.keep)
+            self._untrained[name] = Path(above) / recipe.keep
+        return self._untrained[name]
 
     def _asked(self, name: str) -> Runs:
         """These runs, as a recipe sees them that asks for the model of another."""

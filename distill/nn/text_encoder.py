@@ -326,9 +326,10 @@ _WITHOUT_WEIGHTS: ContextVar[bool] = ContextVar("without_weights", default=False
 
 
 @contextmanager
-def without_weights() -> Iterator[None]:
-    """Inside, transformers are made from their configuration alone: to check a graph before it is loaded."""
-    token = _WITHOUT_WEIGHTS.set(True)
+def without_weights(so: bool = True) -> Iterator[None]:
+    """Inside, transformers are made from their configuration alone, to check a graph before it is loaded; or,
+    inside that again, with weights (``so=False``)."""
+    token = _WITHOUT_WEIGHTS.set(so)
     try:
         yield
     finally:

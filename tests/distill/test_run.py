@@ -346,6 +346,30 @@ def test_the_model_of_another_recipe_is_trained_first_and_once(small, tiny_bert,
     assert metrics[0]["cross"]["metrics"] == pytest.approx(metrics[1]["cross"]["metrics"])
 
 
+def test_a_teacher_that_is_not_made_yet_is_checked_as_it_will_be(small, tiny_bert, tmp_path):
+    """By its recipe's layers and classes, not those of the checkpoint that it starts from."""
+    cross = {"type": "teachers.CrossEncoder", "checkpoint": str(tiny_bert()), "layers": 1, "classes": 2}
+    loss = {"type": "distill.objectives.CrossEntropy", "to": "cross"}
+    path = written(
+        small(name="cross", keep="cross", models={"cross": cross}, losses={"labels": loss}),
+        tmp_path / "cross.yaml",
+    )
+    student = {"type": "students.VirtualInteraction", "checkpoint": str(tiny_bert()), "classes": 2}
+    recipe = small(
+        models={
+            "student": {**student, "layers": 1},
+            "cross": {"type": "teachers.CrossEncoder", "checkpoint": {"run": path}},
+        },
+        losses={
+            "soft": {"type": "distill.objectives.CrossEntropy", "from": "cross", "to": "student"},
+            "maps": {"type": "distill.objectives.AttentionMSE", "from": "cross", "to": "student"},
+        },
+    )
+    plan = Runs(tmp_path / "runs").check(recipe)
+    assert plan.graph.nodes["cross"].classes == 2 and plan.graph.nodes["cross"].sizes["layers"] == 1
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_teacher_whose_recipe_has_changed_since_is_used_and_said(small, tiny_bert, tmp_path, caplog):
     """The student would otherwise hear an old teacher without a word."""
     node = {"type": "students.BiEncoder", "checkpoint": str(tiny_bert()), "layers": 1}

@@ -17,6 +17,7 @@ from distill.tokens import Tokens
 EXPORTED = [getattr(objectives, name) for name in objectives.__all__]
 VARIANTS = [
     objectives.BinaryCrossEntropy(),
+    objectives.CrossEntropy(temperature=2.0),
     objectives.BPR(temperature=0.5, in_batch=True),
     objectives.Hinge(margin=2.0, hardest=2, in_batch=True, warp=50),
     objectives.Hinge(margin=3.0, in_batch=True),
@@ -44,7 +45,8 @@ VARIANTS = [
     objectives.ScoreKL(temperature=0.1, teacher_temperature=2.0),
     objectives.ScoreKL(in_batch=True),
 ]
-VARIANTS[0].hear()  # a teacher, instead of the labels
+for heard in VARIANTS[:2]:
+    heard.hear()  # a teacher, instead of the labels
 SIZES = {"queries": 4, "candidates": 4, "pair_vectors": 4, "layer_scores": 3, "layers": 2, "heads": 2}
 OBJECTIVES = [cls() for cls in EXPORTED] + VARIANTS
 for objective in OBJECTIVES:
