@@ -45,8 +45,8 @@ class VectorScorer(Protocol):
 class PairOfVectors(VectorScorer, Protocol):
     """An Encoder that scores pairs of its vectors by heads of its own: each text is still encoded once."""
 
-    def score_encoded(self, queries: Tensor, candidates: Tensor) -> Tensor:
-        """Scores [n] float32 of n pairs of vectors, on the CPU."""
+    def score_encoded(self, queries: Any, candidates: Any) -> Tensor:
+        """Scores [n] float32 of n pairs of what it encodes, vectors or a Ragged, on the CPU."""
 
 
 class Combined(Protocol):
@@ -84,7 +84,7 @@ def score(
         candidates, c = _encoded(model.encode_candidates, judged.candidates, candidate, progress, model)
         parts = zip(q.split(2**14), c.split(2**14), strict=True)
         if encodes_apart(model):
-            own = (model.score_encoded(queries[i], candidates[j]) for i, j in parts)
+            own = (model.score_encoded(_rows(queries, i), _rows(candidates, j)) for i, j in parts)
             return torch.cat([torch.empty(0), *own])
         products = torch.cat([torch.empty(0), *((queries[i] * candidates[j]).sum(dim=1) for i, j in parts)])
         return products * torch.as_tensor(model.scale()).detach().cpu()
@@ -116,6 +116,10 @@ def score(
 
     found = _in_shares(model, scores, torch.arange(len(query)))
     return found if place is None else found[place]
+
+
+def _rows(encoded: Any, rows: Tensor) -> Any:
+    return encoded.select(rows) if isinstance(encoded, Ragged) else encoded[rows]
 
 
 def _in_shares(model: Any, ask: Callable[[Any], Any], given: Any) -> Any:

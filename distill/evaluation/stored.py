@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distill.data.judged import text_keys
-from distill.evaluation.scoring import is_combined, searches_tokens
+from distill.evaluation.scoring import encodes_apart, is_combined, searches_tokens
 from distill.model import Model
 from distill.nn.precision import resolve_precision
 from distill.paths import store_folder
@@ -33,7 +33,7 @@ def stored(model: Model, search: bool) -> Any:
         return StoredParts(model, search)
     learns = model.of or any(parameter.requires_grad for parameter in model.parameters())
     precision = getattr(model, "precision", None)
-    if learns or precision is None or (search and searches_tokens(model)):
+    if learns or precision is None or encodes_apart(model) or (search and searches_tokens(model)):
         return model
     teacher = Teacher.of(model, resolve_precision(precision, model.device), store_folder())
     return model if teacher is None else Stored(model, teacher)

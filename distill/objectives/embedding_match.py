@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from distill.batch import Batch
 from distill.objectives.base import Objective
 from distill.objectives.checks import check_choice, check_fields, check_shapes, said, unpadded
-from distill.outputs import Needs, Outputs
+from distill.outputs import AXES, Needs, Outputs
+from distill.tokens import Tokens
 
-FIELDS = ("queries", "candidates", "pair_vectors")
+Field = Literal["queries", "candidates", "pair_vectors", "query_tokens", "candidate_tokens"]
+FIELDS = get_args(Field)
 
 
 def embedding_distance(student: Tensor, teacher: Tensor, distance: str = "cosine") -> Tensor:
@@ -33,7 +35,8 @@ class EmbeddingMatch(Objective):
 
     with the vectors :math:`e^S_r` of the student and :math:`e^T_r` of the teacher for text r: the batch's
     queries, then its distinct candidates, each a row of the loss with count 1 (R = B + P), or for each
-    listed pair, summed over the pairs of a query (R = B). W
+    listed pair, summed over the pairs of a query (R = B). Of tokens (ColBERT's vectors) it is the mean over
+    those of a text that both have, matched by their place in the cached ids; special ones are left out. W
     is a learned linear map, one for all fields, or the identity. A student matched with the identity
     can search an index its teacher built. W lives in the objective and is gone after training; where
     the student should serve in the teacher's size, give the student a projection instead.
@@ -42,7 +45,8 @@ class EmbeddingMatch(Objective):
     teacher.
 
     Args:
-        fields: Which vectors to match: "queries", "candidates", "pair_vectors".
+        fields: Which vectors to match: "queries", "candidates", "pair_vectors", "query_tokens",
+            "candidate_tokens".
         distance: "cosine": one minus the cosine, blind to length. "mse": the squared Euclidean
             distance, summed over the D dimensions (not their mean, which would shrink with D).
         projection: True: learn W. False: compare as they are, and refuse vectors of two sizes.
@@ -65,7 +69,7 @@ class EmbeddingMatch(Objective):
 
     def __init__(
         self,
-        fields: Sequence[Literal["queries", "candidates", "pair_vectors"]] = ("queries", "candidates"),
+        fields: Sequence[Field] = ("queries", "candidates"),
         distance: Literal["cosine", "mse"] = "cosine",
         projection: bool | None = None,
     ):
@@ -99,25 +103,38 @@ class EmbeddingMatch(Objective):
     def count(self, batch: Batch) -> Tensor:
         queries, _, candidates = batch.sizes
         counts = {
-            "queries": batch.mask.new_ones(queries),
-            "candidates": batch.mask.new_ones(candidates),
-            "pair_vectors": batch.mask.sum(dim=-1),
+            "query": batch.mask.new_ones(queries),
+            "candidate": batch.mask.new_ones(candidates),
+            "pair": batch.mask.sum(dim=-1),
         }
-        return torch.cat([counts[name] for name in self.fields]).float()
+        return torch.cat([counts[AXES[name]] for name in self.fields]).float()
 
     def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return torch.cat(
             [self._distances(name, said(student, name), said(teacher, name), batch) for name in self.fields]
         )
 
-    def _distances(self, name: str, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+    def _distances(self, name: str, student: Any, teacher: Any, batch: Batch) -> Tensor:
         """The loss of each row of a field: [B] or [P]."""
+        if isinstance(student, Tokens):
+            return self._of_tokens(student, teacher)
         if name != "pair_vectors":
             return embedding_distance(self.projected(student), teacher, self.distance)
         check_shapes(student=student[..., 0], teacher=teacher[..., 0], mask=batch.mask)
         student, teacher = (unpadded(vectors, batch.mask[..., None]) for vectors in (student, teacher))
         distances = embedding_distance(self.projected(student), teacher, self.distance)
         return distances.masked_fill(~batch.mask, 0.0).sum(dim=-1)
+
+    def _of_tokens(self, student: Tokens, teacher: Tokens) -> Tensor:
+        """The mean distance of the tokens that both have, of each row: [n]."""
+        if len(student) != len(teacher):
+            raise ValueError(f"Shapes must match: tokens of {len(student)} and {len(teacher)} texts.")
+        length = min(student.longest(), teacher.longest())
+        (own, there), (told, heard) = student.placed(length), teacher.placed(length)
+        both = there & heard
+        distances = embedding_distance(self.projected(own[both]), told[both], self.distance)
+        sums = distances.new_zeros(len(both)).index_add(0, both.nonzero()[:, 0], distances)
+        return sums / both.sum(dim=1).clamp(min=1)
 
     def projected(self, vectors: Tensor) -> Tensor:
         """W times each student vector, or the vectors as they are: [..., D of the teacher]."""

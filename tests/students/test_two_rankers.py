@@ -12,7 +12,7 @@ from distill.objectives import EmbeddingMatch, RankNet
 from distill.open import open_model
 from distill.outputs import Needs
 from students import BiEncoder, TwoRankers
-from teachers import CrossEncoder
+from teachers import ColBERT, CrossEncoder
 
 QUERIES = ["what is a wing", "heart", "how does a ship flow in the river"]
 PASSAGES = ["a wing is a surface in the flow of air", "the heart moves blood", "city", "old film " * 9]
@@ -125,6 +125,83 @@ def test_a_saved_one_opens_with_equal_scores_and_as_an_encoder_of_rep(kind, rank
         TwoRankers(tmp_path / "saved")
 
 
+def test_maxsim_is_over_projected_tokens_of_length_one_and_adds_to_the_first_ranker(ranker):
+    model = ranker(ranker="maxsim", size=16)
+    batch = batch_of(model)
+    said = model.compare(model.represent(batch, Needs(*FIELDS)), batch, Needs(*FIELDS))
+    plain = model.texts.represent(batch, Needs("query_tokens", "candidate_tokens"))
+    weight = model.heads["tokens"].weight
+
+    def tokens(side: str, row: int) -> torch.Tensor:
+        of = getattr(plain, f"{side}_tokens")
+        vectors = of.values[of.offsets[row] : of.offsets[row + 1]] @ weight.T
+        return vectors / vectors.norm(dim=-1, keepdim=True)
+
+    for row in range(3):
+        for place, candidate in enumerate(batch.index[row].tolist()):
+            second = (tokens("query", row) @ tokens("candidate", candidate).T).amax(dim=1).sum()
+            first = said.pair_vectors[row, place] @ model.heads["first"].weight[0]
+            expected = first + model.heads["first"].bias[0] + second
+            torch.testing.assert_close(said.scores[row, place], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(said.in_batch[row, candidate], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_maxsim_ranker_encodes_documents_beforehand_and_opens_again(ranker, tmp_path):
+    model = ranker(ranker="maxsim", size=16, layers=1).train()
+    queries, candidates = model.encode_queries(QUERIES), model.encode_candidates(PASSAGES)
+    assert model.training and model.dim == 16 and queries.values.shape[1] == 16
+    model.eval()
+    batch = batch_of(model)
+    said = model.compare(model.represent(batch, Needs("in_batch")), batch, Needs("in_batch"))
+    everyone = torch.cartesian_prod(torch.arange(3), torch.arange(4))
+    found = model.score_encoded(queries.select(everyone[:, 0]), candidates.select(everyone[:, 1]))
+    torch.testing.assert_close(said.in_batch.detach().flatten(), found, atol=1e-5, rtol=1e-5)
+    alone = model.encode_candidates(PASSAGES[3:])
+    torch.testing.assert_close(alone.values, candidates[3], atol=1e-5, rtol=1e-5)
+    judged = Judged(
+        task="rerank",
+        queries=TextTable(["a", "b"], QUERIES[:2]),
+        candidates=TextTable(["0", "1", "2", "3"], PASSAGES),
+        listed=Ragged.of([[0, 1, 2], [1, 3, 0]]),
+        labels=torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0]),
+    )
+    scores = [found.view(3, 4)[0, [0, 1, 2]], found.view(3, 4)[1, [1, 3, 0]]]
+    expected = [1 / (1 + int((one > one[0]).sum())) for one in scores]
+    assert evaluate_model(model, judged, ["MAP"]).means["MAP"] == pytest.approx(sum(expected) / 2)
+    model.save_pretrained(tmp_path / "saved")
+    again = open_model(tmp_path / "saved")
+    assert isinstance(again, TwoRankers) and (again.ranker, again.dim) == ("maxsim", 16)
+    again.precision = again.texts.precision = "no"
+    torch.testing.assert_close(again.encode_queries(QUERIES).values, queries.values, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        again.score_encoded(queries, queries), model.score_encoded(queries, queries), atol=0, rtol=0
+    )
+
+
+def test_a_colbert_teaches_the_tokens_of_a_maxsim_ranker(ranker, tiny_bert):
+    student = ranker(ranker="maxsim", size=16, dropout=0.0)
+    graph = DistillationGraph(
+        {"student": student, "colbert": ColBERT(tiny_bert(seed=1), dim=16)},
+        [
+            Arrow("rank", RankNet(form="probability"), "student", labels=True),
+            Arrow("rep", EmbeddingMatch(["query_tokens", "candidate_tokens"], "mse"), "student", "colbert"),
+        ],
+        {"student"},
+    )
+    graph.check({"data": True})
+    batch = batch_of(student)
+    query, candidate = graph.columns()[:2]
+    assert len(query) == len(candidate) == 1  # one tokenizer, no prompts: the same ids
+    before = graph(batch)["rep"].loss.sum()
+    assert before > 0
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
+    for _ in range(10):
+        optimizer.zero_grad()
+        graph(batch)["rep"].loss.sum().backward()
+        optimizer.step()
+    assert graph(batch)["rep"].loss.sum() < 0.5 * before
+
+
 def test_both_teachers_stay_frozen_and_in_eval_at_every_step(ranker, tiny_bert):
     """Their dropout, once on again, would teach noise: a pitfall of the authors' code."""
     student = ranker(dropout=0.0)
@@ -176,5 +253,9 @@ def test_evaluation_encodes_each_text_once_and_never_a_pair(ranker):
 
 
 def test_a_ranker_it_does_not_have_is_refused(tiny_bert):
-    with pytest.raises(ValueError, match="ranker must be one of dot, twin; got 'cosine'"):
+    with pytest.raises(ValueError, match="ranker must be one of dot, twin, maxsim; got 'cosine'"):
         TwoRankers(tiny_bert(), ranker="cosine")
+    with pytest.raises(ValueError, match="size is that of a token's vector"):
+        TwoRankers(tiny_bert(), size=16)
+    with pytest.raises(ValueError, match="size: 24 does not divide the encoder's own, 32"):
+        TwoRankers(tiny_bert(), ranker="maxsim", size=24)

@@ -27,6 +27,8 @@ VARIANTS = [
     objectives.EmbeddingMatch(fields=["candidates"], distance="mse", projection=True),
     objectives.EmbeddingMatch(fields=["queries", "pair_vectors"], distance="mse"),
     objectives.EmbeddingMatch(fields=["pair_vectors"], projection=True),
+    objectives.EmbeddingMatch(fields=["query_tokens", "candidate_tokens"]),
+    objectives.EmbeddingMatch(fields=["candidate_tokens"], distance="mse", projection=True),
     objectives.GeometryAlignment(kernel="softmax", temperature=0.1, teacher_temperature=0.5),
     objectives.GeometryAlignment(terms=["Q|Q"]),
     objectives.GuidedSoftmax(temperature=1.0, in_batch=False, relative_margin=0.4),
@@ -47,7 +49,8 @@ VARIANTS = [
 ]
 for heard in VARIANTS[:2]:
     heard.hear()  # a teacher, instead of the labels
-SIZES = {"queries": 4, "candidates": 4, "pair_vectors": 4, "layer_scores": 3, "layers": 2, "heads": 2}
+SIZES = dict.fromkeys(["queries", "candidates", "pair_vectors", "query_tokens", "candidate_tokens"], 4)
+SIZES |= {"layer_scores": 3, "layers": 2, "heads": 2}
 OBJECTIVES = [cls() for cls in EXPORTED] + VARIANTS
 for objective in OBJECTIVES:
     objective.bind(SIZES, SIZES)
@@ -221,7 +224,10 @@ def test_rows_that_count_nothing_lose_exactly_nothing(objective):
     loss.sum().backward()
     assert (loss[count == 0] == 0).all()
     assert all(value.grad.isfinite().all() for _, value in values_of(student))
-    if not {"queries", "candidates", "in_batch"} & objective.student_needs.fields or objective.labelled:
+    asked = objective.student_needs.fields
+    of_texts = {"queries", "candidates", "in_batch", "query_tokens", "candidate_tokens"} & asked
+    attention = isinstance(objective, objectives.AttentionKL)  # of pairs, by their tokens
+    if not of_texts or attention or objective.labelled:
         assert (count == 0).all()
         assert not any(value.grad.any() for _, value in values_of(student))
 

@@ -7,6 +7,7 @@ import torch
 from distill.batch import Batch
 from distill.objectives import EmbeddingMatch
 from distill.outputs import Outputs
+from distill.tokens import Tokens
 
 QUERIES, CANDIDATES = [[1.0, 0.2]], [[1.0, 1.0], [0.0, 1.0]]
 TAUGHT_QUERIES, TAUGHT_CANDIDATES = [[1.0, 0.0]], [[0.6, 0.8], [0.0, 1.0]]
@@ -128,3 +129,35 @@ def test_vectors_of_listed_pairs_are_summed_over_each_list_and_their_padding_lef
     assert loss.tolist() == pytest.approx([0.51, 4.0])
     assert loss[0].item() / 3 == pytest.approx(0.17)
     assert count.tolist() == [1, 2]
+
+
+def tokens(rows):
+    """Rows of (place, vector)."""
+    values = torch.tensor([vector for row in rows for _, vector in row]).view(-1, 2)
+    places = torch.tensor([[place] for row in rows for place, _ in row], dtype=torch.int64).view(-1, 1)
+    return Tokens(values, torch.tensor([0, *np.cumsum([len(row) for row in rows])]), places)
+
+
+def test_tokens_are_matched_by_their_place_and_each_text_is_a_mean():
+    """Special tokens (-1), one that the teacher cut, and punctuation it leaves out, are no terms."""
+    student = tokens([
+        [(-1, [9.0, 9.0]), (0, [1.0, 0.0]), (1, [0.0, 2.0]), (2, [5.0, 5.0])],
+        [(0, [1.0, 1.0]), (1, [3.0, 0.0])],
+    ])  # fmt: skip
+    teacher = tokens([
+        [(0, [1.0, 2.0]), (-1, [7.0, 7.0]), (1, [0.0, 1.0])],
+        [(-1, [8.0, 8.0]), (1, [1.0, 0.0])],
+    ])  # fmt: skip
+    objective = EmbeddingMatch(fields=["query_tokens"], distance="mse")
+    objective.bind({"query_tokens": 2}, {"query_tokens": 2})
+    batch = Batch.of_scores(2, 1)
+    loss, count = objective(Outputs(query_tokens=student), Outputs(query_tokens=teacher), batch)
+    assert loss.tolist() == [(4.0 + 1.0) / 2, 4.0] and count.tolist() == [1, 1]
+
+
+def test_a_text_without_a_common_token_loses_nothing():
+    objective = EmbeddingMatch(fields=["candidate_tokens"])
+    objective.bind({"candidate_tokens": 2}, {"candidate_tokens": 2})
+    said = (tokens([[(0, [1.0, 0.0])]]), tokens([[(-1, [0.0, 1.0])]]))
+    loss, _ = objective(*(Outputs(candidate_tokens=one) for one in said), Batch.of_scores(1, 1))
+    assert loss.tolist() == [0.0]
