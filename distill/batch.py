@@ -265,6 +265,12 @@ class Batch:
             source=self.source,
         )
 
+    def spread(self, values: Tensor) -> Tensor:
+        """A value for each listed pair [n, ...], query by query, in its place [B, N, ...]; 0 elsewhere."""
+        return values.new_zeros(*self.mask.shape, *values.shape[1:]).index_put(
+            self.mask.nonzero(as_tuple=True), values
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         def move(value: Any) -> Any:
             if isinstance(value, Mapping):

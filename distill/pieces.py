@@ -84,8 +84,7 @@ def _pairs(ask: Ask, batch: Batch, fields: Needs, rows: int | None) -> dict[str,
     def listed(values: Said) -> Said:
         if isinstance(values, Tokens):
             return values.among(query * batch.mask.shape[1] + place, batch.mask.numel())
-        full = values.new_zeros(*batch.mask.shape, *values.shape[1:])
-        return full.index_put((query, place), values)
+        return batch.spread(values)
 
     return {f: listed(_joined(part, len(query))) for f, part in parts.items()}
 

@@ -11,22 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.batch import Batch, Columns, Ragged
-from distill.hub import atomic_folder, load_heads, local_folder, read_own, resolve_checkpoint, write_own
+from distill.batch import Batch, Ragged
+from distill.hub import load_heads, local_folder, read_own, resolve_checkpoint
 from distill.maxsim import maxsim_all, maxsim_pairs
 from distill.model import Encoder
 from distill.nn.precision import Precision, serving_autocast
-from distill.nn.text_encoder import TextEncoder, in_slices
+from distill.nn.text_encoder import in_slices
 from distill.objectives.checks import check_choice
 from distill.outputs import Needs, Outputs
 from distill.tokens import Tokens
 from students.bi_encoder import BiEncoder
+from students.over_texts import OverTexts
 
 OPENS = "students.TwoRankers"
 PAIRWISE = frozenset({"scores", "in_batch", "pair_vectors"})
 
 
-class TwoRankers(Encoder):
+class TwoRankers(OverTexts, Encoder):
     r"""A bi-encoder with two rankers, one taught by a cross-encoder and one by a bi-encoder (TRMD).
 
     .. math:: s(q, d) = w \cdot c + b + s_2(r_q, r_d), \qquad
@@ -69,7 +70,7 @@ class TwoRankers(Encoder):
         Lu, Jiao and Zhang, 2020. TwinBERT (the second ranker). arXiv:2002.06275
     """
 
-    shares = frozenset({"encoder"})
+    opens = OPENS
     search: ClassVar[str] = "own"
 
     def __init__(
@@ -132,18 +133,6 @@ class TwoRankers(Encoder):
             load_heads(folder, self.heads)
         self.eval()
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **arguments) -> TwoRankers:
-        return cls(folder, **arguments)
-
-    @property
-    def encoder(self) -> TextEncoder:
-        return self.texts.encoder
-
-    @property
-    def max_length(self) -> int:
-        return self.texts.max_length
-
     @property
     def dim(self) -> int:
         """Of what is encoded: REP, then CLS; with ``maxsim`` of each row."""
@@ -163,16 +152,8 @@ class TwoRankers(Encoder):
         return frozenset(self.sizes) | PAIRWISE
 
     @property
-    def identity(self) -> dict[str, Any]:
-        return {**self.texts.identity, **self._settings}
-
-    @property
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         return {"ranker": self.ranker} | ({"size": self.dim} if self.ranker == "maxsim" else {})
-
-    @property
-    def reads(self) -> Columns:
-        return self.texts.reads
 
     def represents(self, needs: Needs) -> Needs:
         wanted = set(needs.fields - PAIRWISE)
@@ -204,8 +185,7 @@ class TwoRankers(Encoder):
             if "scores" in needs and self.ranker == "maxsim":
                 rows, places = batch.mask.nonzero(as_tuple=True)
                 found = maxsim_pairs(_ragged(reps[0]), _ragged(reps[1]), rows, batch.index[rows, places])
-                second = found.new_zeros(batch.mask.shape).index_put((rows, places), found)
-                outputs = outputs.with_(scores=self.first(merged) + second)
+                outputs = outputs.with_(scores=self.first(merged) + batch.spread(found))
             elif "scores" in needs:
                 outputs = outputs.with_(scores=self.ranked(merged, reps[0][:, None], reps[1][batch.index]))
         if "in_batch" in needs:
@@ -302,12 +282,6 @@ class TwoRankers(Encoder):
         return encoded.values[places].flatten(1), Ragged.of_lengths(
             encoded.values[others], encoded.lengths - n
         )
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that this class opens; as an encoder, here and elsewhere, it is that of REP."""
-        with atomic_folder(folder) as new:
-            self.texts.save_pretrained(new)
-            write_own(new, OPENS, self._settings, self.heads)
 
 
 def _ragged(tokens: Tokens) -> Ragged:

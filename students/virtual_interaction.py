@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.batch import Batch, Columns
+from distill.batch import Batch
 from distill.errors import DataError
-from distill.hub import atomic_folder, load_heads, local_folder, read_own, resolve_checkpoint, write_own
-from distill.model import Model
+from distill.hub import load_heads, local_folder, read_own, resolve_checkpoint
 from distill.nn.precision import Precision, serving_autocast
-from distill.nn.text_encoder import TextEncoder, in_slices
+from distill.nn.text_encoder import in_slices
 from distill.outputs import Needs, Outputs
 from students.bi_encoder import BiEncoder
+from students.over_texts import OverTexts
 
 OPENS = "students.VirtualInteraction"
 READ = ("query_tokens", "candidate_tokens")
@@ -51,7 +51,7 @@ def fused(u: Tensor, v: Tensor, square: bool = True) -> Tensor:
     return torch.cat([u, v, (u - v).abs(), largest.square() if square else largest], dim=-1)
 
 
-class VirtualInteraction(Model):
+class VirtualInteraction(OverTexts):
     r"""Reads two texts apart and lets their last layers attend to each other afterwards (VIRT-adapted).
 
     .. math:: \tilde U = M_{xy} V, \quad \tilde V = M_{yx} U, \quad
@@ -88,7 +88,7 @@ class VirtualInteraction(Model):
         arXiv:2112.04195
     """
 
-    shares = frozenset({"encoder"})
+    opens = OPENS
 
     def __init__(
         self,
@@ -141,20 +141,8 @@ class VirtualInteraction(Model):
             load_heads(folder, self.heads)
         self.eval()
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **arguments) -> VirtualInteraction:
-        return cls(folder, **arguments)
-
     @property
-    def encoder(self) -> TextEncoder:
-        return self.texts.encoder
-
-    @property
-    def max_length(self) -> int:
-        return self.texts.max_length
-
-    @property
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("classes", "interaction", "residual", "square")}
 
     @property
@@ -165,14 +153,6 @@ class VirtualInteraction(Model):
     @property
     def sizes(self) -> dict[str, int]:
         return self.texts.sizes
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {**self.texts.identity, **self._settings}
-
-    @property
-    def reads(self) -> Columns:
-        return self.texts.reads
 
     def represents(self, needs: Needs) -> Needs:
         apart = needs.only(needs.fields - {"scores", "classes"})
@@ -186,15 +166,10 @@ class VirtualInteraction(Model):
     def compare(self, outputs: Outputs, batch: Batch, needs: Needs) -> Outputs:
         rows, places = batch.mask.nonzero(as_tuple=True)
         logits = self._logits(outputs, rows, batch.index[rows, places])
-
-        def listed(said: Tensor) -> Tensor:  # [n, ...] -> [B, N, ...], 0 where nothing is listed
-            full = said.new_zeros(*batch.mask.shape, *said.shape[1:])
-            return full.index_put((rows, places), said)
-
         if "classes" in needs:
-            outputs = outputs.with_(classes=listed(logits))
+            outputs = outputs.with_(classes=batch.spread(logits))
         if "scores" in needs:
-            outputs = outputs.with_(scores=listed(self._scores(logits)))
+            outputs = outputs.with_(scores=batch.spread(self._scores(logits)))
         return outputs
 
     def _logits(self, said: Outputs, queries: Tensor, candidates: Tensor) -> Tensor:
@@ -250,12 +225,6 @@ class VirtualInteraction(Model):
                 scores.append((logits if self.classes > 2 else self._scores(logits)).cpu())
         self.train(learning)
         return torch.cat(scores) if scores else torch.zeros(0)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that this class opens; as an encoder, here and elsewhere, it is the one inside."""
-        with atomic_folder(folder) as new:
-            self.texts.save_pretrained(new)
-            write_own(new, OPENS, self._settings, self.heads)
 
 
 def _distinct(texts: Sequence[str]) -> tuple[list[str], Tensor]:

@@ -247,8 +247,7 @@ class ColBERT(Encoder):
         if "scores" in needs:
             rows, places = batch.mask.nonzero(as_tuple=True)
             found = maxsim_pairs(queries, candidates, rows, batch.index[rows, places])
-            scores = found.new_zeros(batch.mask.shape).index_put((rows, places), found)
-            outputs = outputs.with_(scores=scores)
+            outputs = outputs.with_(scores=batch.spread(found))
         return outputs
 
     def encode_queries(self, queries: Sequence[str], progress: bool = False) -> Ragged:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.batch import Batch, Columns, Ragged
+from distill.batch import Batch, Ragged
 from distill.errors import DataError
 from distill.hub import (
     atomic_folder,
@@ -20,17 +19,17 @@ from distill.hub import (
     resolve_checkpoint,
     write_own,
 )
-from distill.model import Model
 from distill.nn.precision import Precision, serving_autocast
 from distill.nn.text_encoder import TextEncoder, dropout_arguments, in_slices, keep_layers, load_backbone
-from distill.nn.tokenizer import TextColumn, TextTokenizer
+from distill.nn.tokenizer import TextTokenizer
 from distill.outputs import Needs, Outputs
+from teachers.pairs import ReadsPairs
 
 OPENS = "teachers.CrossEmbedding"
 AT_ONCE = 512  # pairs whose token vectors are held, where nothing is learnt
 
 
-class CrossEmbedding(Model):
+class CrossEmbedding(ReadsPairs):
     """A transformer over ``[CLS] query [SEP] candidate [SEP]`` with a vector for each of the two (ENDX).
 
     The vector of each is the mean over its tokens, special ones left out: the same that a bi-encoder makes,
@@ -89,10 +88,6 @@ class CrossEmbedding(Model):
             )
         self.eval()
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **arguments) -> CrossEmbedding:
-        return cls(folder, **arguments)
-
     @property
     def dim(self) -> int:
         return self.encoder.backbone.config.hidden_size
@@ -104,23 +99,6 @@ class CrossEmbedding(Model):
     @property
     def sizes(self) -> dict[str, int]:
         return {"joint_queries": self.dim, "joint_candidates": self.dim}
-
-    @property
-    def column(self) -> TextColumn:
-        return self.encoder.tokenizer.column()
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {
-            "checkpoint": self.checkpoint,
-            **self.encoder.identity,
-            "max_length": self.max_length,
-            "query_max_length": self.query_max_length,
-        }
-
-    @property
-    def reads(self) -> Columns:
-        return Columns((self.column,), (self.column,))
 
     def represent(self, batch: Batch, needs: Needs) -> Outputs:
         rows, places = batch.mask.nonzero(as_tuple=True)
@@ -136,11 +114,7 @@ class CrossEmbedding(Model):
                     f"there is nothing to take the mean of. Remove empty texts."
                 )
         joint = self._joint(queries, candidates)  # [2, n, D]
-
-        def said(values: Tensor) -> Tensor:  # [n, ...] -> [B, N, ...], 0 where nothing is listed
-            full = values.new_zeros(*batch.mask.shape, *values.shape[1:])
-            return full.index_put((rows, places), values)
-
+        said = batch.spread
         return Outputs(
             joint_queries=said(joint[0]) if "joint_queries" in needs else None,
             joint_candidates=said(joint[1]) if "joint_candidates" in needs else None,

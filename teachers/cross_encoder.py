@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.batch import Batch, Columns, Ragged
+from distill.batch import Batch, Ragged
 from distill.hub import read_cross_encoder, resolve_checkpoint, write_cross_encoder
 from distill.hub.checkpoint import read_config
-from distill.model import Model
 from distill.nn.precision import Precision, serving_autocast
 from distill.nn.text_encoder import (
     TextEncoder,
@@ -22,12 +21,13 @@ from distill.nn.text_encoder import (
     keep_layers,
     load_backbone,
 )
-from distill.nn.tokenizer import TextColumn, TextTokenizer
+from distill.nn.tokenizer import TextTokenizer
 from distill.outputs import Needs, Outputs
 from distill.tokens import Tokens
+from teachers.pairs import ReadsPairs
 
 
-class CrossEncoder(Model):
+class CrossEncoder(ReadsPairs):
     """A transformer over ``[CLS] query [SEP] candidate [SEP]`` with a classification head (monoBERT).
 
     Any ``AutoModelForSequenceClassification`` will do; a checkpoint without a head gets a new one. Pairs
@@ -103,10 +103,6 @@ class CrossEncoder(Model):
             raise ValueError(f"query_max_length must be at least 1, got {query_max_length}.")
         self.eval()
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **arguments) -> CrossEncoder:
-        return cls(folder, **arguments)
-
     @property
     def provides(self) -> frozenset[str]:
         said = {1: {"scores"}, 2: {"scores", "classes"}}.get(self.classes, {"classes"})
@@ -119,22 +115,8 @@ class CrossEncoder(Model):
         return {**self.encoder.attention_sizes, **(first if self.encoder.tokenizer.has_cls else {})}
 
     @property
-    def column(self) -> TextColumn:
-        return self.encoder.tokenizer.column()
-
-    @property
     def identity(self) -> dict[str, Any]:
-        return {
-            "checkpoint": self.checkpoint,
-            **self.encoder.identity,
-            "classes": self.classes,
-            "max_length": self.max_length,
-            "query_max_length": self.query_max_length,
-        }
-
-    @property
-    def reads(self) -> Columns:
-        return Columns((self.column,), (self.column,))
+        return {**super().identity, "classes": self.classes}
 
     def represent(self, batch: Batch, needs: Needs) -> Outputs:
         rows, places = batch.mask.nonzero(as_tuple=True)
@@ -157,12 +139,7 @@ class CrossEncoder(Model):
             rest = (~heard).nonzero()[:, 0]
             others = self._logits(queries.select(rest), candidates.select(rest), vectors)
             logits = torch.cat([logits, others])[torch.cat([first, rest]).argsort()]
-
-        def listed(said: Tensor) -> Tensor:  # [n, ...] -> [B, N, ...], 0 where nothing is listed
-            full = said.new_zeros(*batch.mask.shape, *said.shape[1:])
-            full[rows, places] = said
-            return full
-
+        listed = batch.spread
         logits, pair_vectors = logits[:, : self.classes], logits[:, self.classes :]
         return Outputs(
             classes=listed(logits) if "classes" in needs else None,

@@ -205,7 +205,7 @@ class GradientBoosting(Model):
         said = self._scores(batch.queries, batch.candidates, context, rows, item)
         if self.out_of_fold is not None and self.out_of_fold.source == batch.source:
             said = self.out_of_fold.instead_of(said, batch.query_ids[rows], batch.candidate_ids[item])
-        return Outputs(scores=said.new_zeros(batch.mask.shape).index_put((rows, places), said))
+        return Outputs(scores=batch.spread(said))
 
     def score_pairs(
         self,

@@ -184,8 +184,7 @@ class PrivilegedRanker(Model):
         rows, places = batch.mask.nonzero(as_tuple=True)
         context = {name: column[rows, places] for name, column in batch.pair.items()}
         logits = self._logits(batch.queries, batch.candidates, context, rows, batch.index[rows, places])
-        scores = logits.new_zeros(batch.mask.shape)
-        return Outputs(scores=scores.index_put((rows, places), logits))
+        return Outputs(scores=batch.spread(logits))
 
     def _logits(
         self,
