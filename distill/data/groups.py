@@ -27,6 +27,7 @@ class Groups(TextData):
         columns: Names of the columns ``query``, ``candidate``, ``label`` and ``query_id``. ``label``: more
             than 0 means relevant; ``label: null`` says that every row is. Rows with one ``query_id`` are
             one query; without it, those with one query text.
+        classes: Labels that are words; the label is the word's place among them: the first is not relevant.
         scores: Teacher -> the column with its score of the row.
         task: What dev and test measure: the order of the listed candidates (rerank), or a search over all
             candidates of the split (retrieval).
@@ -45,17 +46,19 @@ class Groups(TextData):
         dev: Spec | float | None = None,
         test: Spec | float | None = None,
         columns: Mapping[str, str | None] | None = None,
+        classes: Sequence[str] | None = None,
         scores: Mapping[str, str] | None = None,
         task: Literal["rerank", "retrieval"] = "rerank",
         seed: int = 0,
     ):
+        _check_classes(classes)
         if task not in ("rerank", "retrieval"):
             raise ValueError(f"task must be rerank or retrieval, got '{task}'.")
         self.tables, self.held_out = given_splits({"train": train, "dev": dev, "test": test})
         super().__init__([name for name in SPLITS if name in self.tables or name in self.held_out])
         names = {"query": "query", "candidate": "candidate", "label": "label", "query_id": None}
         self.columns = _columns(names, columns)
-        self.scores, self.task, self.seed = dict(scores or {}), task, seed
+        self.classes, self.scores, self.task, self.seed = classes, dict(scores or {}), task, seed
         self.teachers = tuple(self.scores)
 
     def read(self, name: str) -> Judged:
@@ -83,7 +86,7 @@ class Groups(TextData):
             listed=Ragged.of_lengths(
                 torch.tensor(listed), torch.tensor([len(rows) for rows in rows_of.values()])
             ),
-            labels=_numbers(table, "label")[order] if "label" in table else torch.ones(len(order)),
+            labels=_labels(table, self.classes)[order] if "label" in table else torch.ones(len(order)),
             scores=_scores(table, self.scores, order),
             name=f"{table.name} ({name})",
         )
@@ -123,8 +126,9 @@ class TextPairs(TextData):
     ):
         if label_scale is not None and (len(label_scale) != 2 or not label_scale[0] < label_scale[1]):
             raise ValueError(f"label_scale must be [lowest, highest], got {list(label_scale)}.")
-        if classes is not None and (label_scale is not None or len(set(classes)) < 2):
-            raise ValueError("classes must name two labels or more, and takes the place of label_scale.")
+        _check_classes(classes)
+        if classes is not None and label_scale is not None:
+            raise ValueError("classes takes the place of label_scale; give one of them.")
         self.tables, self.held_out = given_splits({"train": train, "dev": dev, "test": test})
         super().__init__([name for name in SPLITS if name in self.tables or name in self.held_out])
         self.columns = _columns({"text1": "text1", "text2": "text2", "label": "label"}, columns)
@@ -147,17 +151,9 @@ class TextPairs(TextData):
         )
 
     def _labels(self, table: RawTable) -> Tensor:
+        labels = _labels(table, self.classes)
         if self.classes is not None:
-            value = {word: float(i) for i, word in enumerate(map(str, self.classes))}
-            words = table.ids("label")
-            for row, word in enumerate(words):
-                if word not in value:
-                    raise DataError(
-                        f"{table.where('label', row)}: '{word}' is none of the classes {', '.join(value)}. "
-                        f"Add it to classes, or mend the row."
-                    )
-            return torch.tensor([value[word] for word in words])
-        labels = _numbers(table, "label")
+            return labels
         low, high = self.label_scale or (0.0, 1.0)
         outside = (labels < low) | (labels > high)
         if outside.any():
@@ -191,6 +187,26 @@ def _read_rows(data: Groups | TextPairs, name: str, by: str) -> tuple[RawTable, 
     if not rows:
         raise DataError(f"{table.name}: no row is left for the split '{name}'.")
     return table, rows
+
+
+def _check_classes(classes: Sequence[str] | None) -> None:
+    if classes is not None and len(set(classes)) < 2:
+        raise ValueError("classes must name two labels or more.")
+
+
+def _labels(table: RawTable, classes: Sequence[str] | None) -> Tensor:
+    """The labels of all rows, as they stand there, or the place of each among the classes."""
+    if classes is None:
+        return _numbers(table, "label")
+    value = {word: float(i) for i, word in enumerate(map(str, classes))}
+    words = table.ids("label")
+    for row, word in enumerate(words):
+        if word not in value:
+            raise DataError(
+                f"{table.where('label', row)}: '{word}' is none of the classes {', '.join(value)}. "
+                f"Add it to classes, or mend the row."
+            )
+    return torch.tensor([value[word] for word in words])
 
 
 def _numbers(table: RawTable, column: str) -> Tensor:

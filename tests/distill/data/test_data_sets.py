@@ -201,6 +201,15 @@ def test_pair_labels_may_be_words():
         TextPairs(train=rows, classes=["no", "yes"]).split("train")
 
 
+def test_words_are_labels_of_groups_too_and_the_first_is_not_relevant():
+    rows = pa.table({"query": ["a", "a"], "candidate": ["x", "y"], "label": ["no", "yes"]})
+    assert Groups(train=rows, classes=["no", "yes"]).split("train").labels.tolist() == [0.0, 1.0]
+    with pytest.raises(DataError, match=r"row 1 .*'yes' is none of the classes no, maybe"):
+        Groups(train=rows, classes=["no", "maybe"]).split("train")
+    with pytest.raises(ValueError, match="two labels or more"):
+        Groups(train=rows, classes=["yes"])
+
+
 def test_labels_outside_their_scale_are_refused():
     """Similarities of 0 to 5 taken for probabilities would train without a word."""
     with pytest.raises(DataError, match=r"row 1 .*5 lies outside 0 to 1.*label_scale"):
