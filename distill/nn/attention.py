@@ -6,6 +6,7 @@ reference, to whoever listens, and lets the kernel do the work: no second forwar
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -101,8 +102,8 @@ def listening(backbone: Any, layers: Sequence[int]) -> Iterator[list[Heard]]:
     found += [listener.heard[layer % total] for layer in layers]
 
 
-def by_token(heard: Sequence[Heard], real: Tensor) -> Tensor:
-    """Queries and keys of l layers for each real token: [t, l, 2, H, d], the queries scaled.
+def by_token(heard: Sequence[Heard], real: Tensor) -> list[Tensor]:
+    """Query and key of l layers, in turn, of each real token: 2 l of [t, H, d], the queries scaled.
 
     Grouped keys are repeated, so that each head of queries has its own.
 
@@ -117,5 +118,36 @@ def by_token(heard: Sequence[Heard], real: Tensor) -> Tensor:
     said = []
     for query, key, scale in heard:
         groups = query.shape[1] // key.shape[1]
-        said += [rows(query) * scale, rows(key).repeat_interleave(groups, dim=1)]
-    return torch.stack(said, dim=1).unflatten(1, (len(heard), 2))
+        scaled = rows(query) * scale if torch.is_grad_enabled() else rows(query).mul_(scale)
+        said += [scaled, rows(key).repeat_interleave(groups, dim=1) if groups > 1 else rows(key)]
+    return said
+
+
+def side_by_side(said: Sequence[Tensor]) -> Tensor:
+    """What ``by_token`` says, as one: [t, l, 2, H, d]."""
+    return torch.stack([*said], dim=1).unflatten(1, (len(said) // 2, 2))
+
+
+class InPlace:
+    """What ``by_token`` says of n tokens by chunks, from any thread, each at once in its place: no gradient.
+
+    Nothing of it is held twice: touching so much memory for the first time takes as long as filling it.
+    """
+
+    def __init__(self, n: int):
+        self.n, self.lock = n, threading.Lock()
+        self.rows: Tensor | None = None  # [n, l, 2, H, d]
+
+    def put(self, said: Sequence[Tensor], places: Tensor) -> None:
+        with self.lock:
+            if self.rows is None:
+                self.rows = said[0].new_empty(self.n, len(said) // 2, 2, *said[0].shape[1:])
+        columns = _wide(self.rows.view(self.n, len(said), -1))
+        for column, values in enumerate(said):
+            values = _wide(values.flatten(1))
+            columns[:, column].scatter_(0, places[:, None].expand_as(values), values)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """The same bytes as fewer, wider numbers: they are only moved."""
+    return values.view(torch.int64) if values.shape[-1] * values.element_size() % 8 == 0 else values

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distill.batch import Ragged
 from distill.errors import RecipeError
 from distill.hub.checkpoint import position_limit
-from distill.nn.attention import by_token, can_listen, listening, use_attention
+from distill.nn.attention import InPlace, by_token, can_listen, listening, side_by_side, use_attention
 from distill.nn.cpu_serving import serving_copy
 from distill.nn.cpu_streams import in_streams, learn_in_streams, stream_count
 from distill.nn.cpu_training import prepare_for_cpu
@@ -135,17 +135,22 @@ class TextEncoder(nn.Module):
         chunks = self.cut(ids.lengths, self.chunk_tokens or (CHUNK_TOKENS if device.type == "cpu" else 65536))
         backbone = self.backbone if learning or self.training else self._serving(device)
         embedded = self._embedded(ids.to(device)) if learning else None
+        tokens_of = Ragged(torch.arange(len(ids.values), device=ids.offsets.device), ids.offsets)
+        placed = InPlace(len(ids.values)) if layers and not torch.is_grad_enabled() else None
 
-        def answer(chunk: tuple[Tensor, int]) -> dict[str, Tensor]:
+        def answer(chunk: tuple[Tensor, int]) -> dict[str, Any]:
             given, mask = self._given(ids, types, chunk, embedded, attended)
             if hidden:
                 given["output_hidden_states"] = True
-            said = {}
+            said: dict[str, Any] = {}
             if layers:
                 with listening(backbone, layers) as heard:
                     output = backbone(**given)
-                real = mask.flatten().nonzero()[:, 0]
-                said["attention"] = by_token(heard, real)
+                parts = by_token(heard, mask.flatten().nonzero()[:, 0])
+                if placed is None:
+                    said["attention"] = side_by_side(parts)
+                else:
+                    placed.put(parts, tokens_of.select(chunk[0]).values.to(device))
             else:
                 output = backbone(**given)
             with torch.autocast(mask.device.type, enabled=False):
@@ -160,10 +165,14 @@ class TextEncoder(nn.Module):
         order = torch.cat([rows for rows, _ in chunks])
         back = {name: order.argsort().to(device) for name in rows or {}}
         if layers or tokens:
-            places = Ragged(torch.arange(len(ids.values), device=order.device), ids.offsets.to(order.device))
-            by_text = places.select(order).values.argsort().to(device)
+            by_text = tokens_of.select(order).values.argsort().to(device)
             back |= {name: by_text for name in (*(tokens or {}), *(["attention"] if layers else []))}
-        return {name: torch.cat([p[name] for p in parts]).index_select(0, at) for name, at in back.items()}
+        found = {} if placed is None or placed.rows is None else {"attention": placed.rows}
+        return found | {
+            name: torch.cat([p[name] for p in parts]).index_select(0, at)
+            for name, at in back.items()
+            if name not in found
+        }
 
     def _packed(self, ids: Ragged, types: Ragged | None, heads: Mapping[str, Head]) -> dict[str, Tensor]:
         """``read`` for heads of texts, while learning on a CPU: texts end to end, in chunks of equal work."""
