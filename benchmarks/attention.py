@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from distill.nn.precision import resolve_precision, serving_autocast
     from teachers import CrossEncoder
 
-    model = CrossEncoder(arguments.model, classes=1, max_length=160).to(device)
+    model = CrossEncoder(arguments.model, classes=1).to(device)
     data, groups = read_groups(64 if arguments.quick else 256)
     queries = [query for query, texts in zip(groups.queries, groups.candidates, strict=True) for _ in texts]
     candidates = [text for texts in groups.candidates for text in texts]

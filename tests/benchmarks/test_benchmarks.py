@@ -111,3 +111,11 @@ def test_memory_with_a_cached_gradient(tiny_bert, data, tmp_path):
     assert [one["rows"] for one in result["without"]] == [None, None]
     assert result["peak_gb"] == result["cached"]["peak_gb"] >= result["cached"]["loaded_gb"] > 0
     assert result["cached"]["ids"] > result["without"][1]["ids"] > result["without"][0]["ids"] > 0
+
+
+def test_listening_to_attention(tiny_bert, data, tmp_path):
+    result = last_line("attention", tiny_bert, data, tmp_path, "--device", "cpu", "--rounds", "2")
+    seconds = result["seconds"]
+    assert {len(runs) for runs in seconds.values()} == {2} and set(seconds) == {"alone", "last", "all"}
+    assert result["ratio"] == pytest.approx(min(seconds["all"]) / min(seconds["alone"]), abs=1e-3)
+    assert result["pairs"] > 0 and result["tokens"] > result["pairs"]
