@@ -35,6 +35,8 @@ log = logging.getLogger("distill")
 
 FORMAT = 1  # of blocks and keys; another one has other addresses
 ABOUT = "teacher.json"
+SERVED = "served_"  # begins the names of what was said when a teacher was measured
+_PRECISE = {"precision": ""}
 Precision = Literal["float16", "float32"]  # in which answers are kept
 ODD = np.array([[0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F], [0x165667B19E3779F9, 0xD6E8FEB86659FD93]], "uint64")
 
@@ -296,13 +298,21 @@ def outdated(teacher: Teacher, used: Sequence[Path]) -> Iterator[Path]:
     """What the store holds of the same checkpoint under other settings: what ``--prune`` removes.
 
     Whole teachers of the same type and checkpoint name whose weights, tokenizer, prompts, lengths, precision
-    or other settings differ; of this teacher itself, the ``used`` signals in another precision.
+    or other settings differ; of this teacher itself, the ``used`` signals in another precision. What it said
+    when it was measured, in whatever precision it serves, stays.
     """
     for folder in sorted(teacher.root.glob("*")):
         there = read_about(folder)
         same = there is not None and all(there.get(k) == teacher.about.get(k) for k in ("type", "checkpoint"))
-        if same and folder != teacher.folder and "checkpoint" in teacher.about:
+        if there is None or not same or folder == teacher.folder or "checkpoint" not in teacher.about:
+            continue
+        served = [*folder.glob(f"{SERVED}*")] if there | _PRECISE == dict(teacher.about) | _PRECISE else []
+        if not served:
             yield folder
+        else:
+            yield from (
+                signal for signal in sorted(folder.iterdir()) if signal.is_dir() and signal not in served
+            )
     for signal in used:
         for folder in sorted(teacher.folder.glob(f"{signal.stem}.*")):
             if folder not in used:

@@ -16,9 +16,9 @@ from distill.model import Model
 from distill.nn.precision import resolve_precision
 from distill.paths import store_folder
 from distill.processes import gather, in_shares, is_first
-from distill.store_files import Signal, Teacher, pair_keys
+from distill.store_files import SERVED, Signal, Teacher, pair_keys
 
-KINDS = ("queries", "candidates", "scores")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
 
 
 def stored(model: Model, search: bool) -> Any:
@@ -35,7 +35,8 @@ def stored(model: Model, search: bool) -> Any:
     precision = getattr(model, "precision", None)
     if learns or precision is None or encodes_apart(model) or (search and searches_tokens(model)):
         return model
-    teacher = Teacher.of(model, resolve_precision(precision, model.device), store_folder())
+    dtype = DTYPES[resolve_precision(precision, model.device)]  # beside what it says in training, if the same
+    teacher = Teacher.of(model, dtype, store_folder())
     return model if teacher is None else Stored(model, teacher)
 
 
@@ -72,7 +73,7 @@ class Stored:
 
     def _answers(self, kind: str, keys: np.ndarray, ask: Callable[[Tensor], Tensor]) -> Tensor:
         """The answer to each key [n, ...]; ``ask`` gives those at rows."""
-        field = f"served_{kind}"
+        field = f"{SERVED}{kind}"
         if kind not in self._signals:
             self._signals[kind] = Signal(self.teacher, (field,), "float32", mend=is_first())
         signal = self._signals[kind]

@@ -147,6 +147,7 @@ def test_what_teachers_said_when_they_were_measured_is_not_asked_again(here, mon
     assert here("run").code == 0
     assert sum(here.measured) == told("tiny")["cross"]["asked"] == 24
     assert told("tiny")["bi"]["asked"] == 8 + 15 and told("tiny")["student"]["asked"] is None
+    assert here("score", "--prune").out.startswith("nothing to remove")  # though it serves in bf16, maybe
     here.measured.clear(), encoded.clear()
     assert here("run", "name=again").code == 0 and here.measured == []
     assert set(encoded) == {0, 8}  # the queries by which its speed is measured
