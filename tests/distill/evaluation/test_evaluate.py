@@ -193,6 +193,7 @@ def test_the_result_is_written_whole_and_as_plain_types(tmp_path, monkeypatch):
         "method": "a score per pair",
         "queries": 2,
         "threshold": None,
+        "asked": None,
         "metrics": {"Spearman": None},
         "left_out": {},
     }
