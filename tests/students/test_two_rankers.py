@@ -17,6 +17,13 @@ from teachers import ColBERT, CrossEncoder
 QUERIES = ["what is a wing", "heart", "how does a ship flow in the river"]
 PASSAGES = ["a wing is a surface in the flow of air", "the heart moves blood", "city", "old film " * 9]
 FIELDS = ("scores", "in_batch", "pair_vectors")
+JUDGED = Judged(
+    task="rerank",
+    queries=TextTable(["a", "b"], QUERIES[:2]),
+    candidates=TextTable(["0", "1", "2", "3"], PASSAGES),
+    listed=Ragged.of([[0, 1, 2], [1, 3, 0]]),
+    labels=torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0]),
+)
 
 
 @pytest.fixture
@@ -158,16 +165,9 @@ def test_a_maxsim_ranker_encodes_documents_beforehand_and_opens_again(ranker, tm
     torch.testing.assert_close(said.in_batch.detach().flatten(), found, atol=1e-5, rtol=1e-5)
     alone = model.encode_candidates(PASSAGES[3:])
     torch.testing.assert_close(alone.values, candidates[3], atol=1e-5, rtol=1e-5)
-    judged = Judged(
-        task="rerank",
-        queries=TextTable(["a", "b"], QUERIES[:2]),
-        candidates=TextTable(["0", "1", "2", "3"], PASSAGES),
-        listed=Ragged.of([[0, 1, 2], [1, 3, 0]]),
-        labels=torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0]),
-    )
     scores = [found.view(3, 4)[0, [0, 1, 2]], found.view(3, 4)[1, [1, 3, 0]]]
     expected = [1 / (1 + int((one > one[0]).sum())) for one in scores]
-    assert evaluate_model(model, judged, ["MAP"]).means["MAP"] == pytest.approx(sum(expected) / 2)
+    assert evaluate_model(model, JUDGED, ["MAP"]).means["MAP"] == pytest.approx(sum(expected) / 2)
     model.save_pretrained(tmp_path / "saved")
     again = open_model(tmp_path / "saved")
     assert isinstance(again, TwoRankers) and (again.ranker, again.dim) == ("maxsim", 16)
@@ -236,14 +236,7 @@ def test_evaluation_encodes_each_text_once_and_never_a_pair(ranker):
     model, read = ranker(), []
     encode = model._encode
     model._encode = lambda texts, side, bar: read.append((side, len(texts))) or encode(texts, side, bar)
-    judged = Judged(
-        task="rerank",
-        queries=TextTable(["a", "b"], QUERIES[:2]),
-        candidates=TextTable(["0", "1", "2", "3"], PASSAGES),
-        listed=Ragged.of([[0, 1, 2], [1, 3, 0]]),
-        labels=torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0]),
-    )
-    found = evaluate_model(model, judged, ["MAP"])
+    found = evaluate_model(model, JUDGED, ["MAP"])
     assert sorted(read) == [("candidate", 4), ("query", 2)]
     queries, candidates = model.encode_queries(QUERIES[:2]), model.encode_candidates(PASSAGES)
     first = model.score_encoded(queries[0].expand(3, -1), candidates[:3])
