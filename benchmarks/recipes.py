@@ -60,13 +60,13 @@ def run(recipe: str, seeds: list[int], overrides: list[str], variant: str, also:
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def study(name: str) -> None:
-    """Run a study and keep what it found."""
+def study(name: str, jobs: int = 1) -> None:
+    """Run a study, ``jobs`` trainings at a time, and keep what it found."""
     from distill.ablate import Ablation
     from distill.run import Runs
 
     runs = Runs()
-    ablation = Ablation(runs, runs.load_study(name))
+    ablation = Ablation(runs, runs.load_study(name), jobs)
     ablation.run()
     if ablation.failed:
         raise SystemExit(f"{len(ablation.failed)} trainings failed: {ablation.failed}")
@@ -148,14 +148,16 @@ def main() -> None:
     one.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     one.add_argument("--also", metavar="SPLIT", help="measure the kept model on this one too")
     one.add_argument("--variant", default="", help="what to call these overrides in the table")
-    commands.add_parser("study").add_argument("study", help="such as studies/privileged")
+    several = commands.add_parser("study")
+    several.add_argument("study", help="such as studies/privileged")
+    several.add_argument("--jobs", type=int, default=1, help="how many trainings at a time")
     commands.add_parser("table")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if arguments.command == "run":
         run(arguments.recipe, arguments.seeds, arguments.overrides, arguments.variant, arguments.also)
     elif arguments.command == "study":
-        study(arguments.study)
+        study(arguments.study, arguments.jobs)
     else:
         tables()
 

@@ -236,7 +236,8 @@ class Runs:
     def _changed(self, recipe: Recipe, folder: Path) -> list[str]:
         """Which keys of the recipe differ from what the run in the folder was made with."""
         if not (folder / "recipe.yaml").exists():
-            return []
+            began = any((folder / name).exists() for name in ("checkpoints", FINISHED))
+            return ["recipe.yaml is not there"] if began else []
         before, now = read_yaml(folder / "recipe.yaml"), recipe.model_dump(mode="json")
         with suppress(ValidationError):  # keys that came later have their defaults
             before = Recipe.model_validate(before).model_dump(mode="json")

@@ -278,6 +278,15 @@ def test_a_changed_recipe_is_refused_unless_it_may_overwrite(small, tmp_path, tr
     assert read_yaml(folder / "recipe.yaml")["train"]["learning_rate"] == 0.5
 
 
+@pytest.mark.parametrize("left", ["checkpoints", "metrics.json"])
+def test_a_run_whose_recipe_is_lost_is_not_gone_on_with(small, tmp_path, trainings, left):
+    """Nobody can tell what the rest of it was made with."""
+    (tmp_path / "x" / left).mkdir(parents=True)
+    with pytest.raises(RecipeError, match=r"other: recipe.yaml is not there"):
+        Runs(tmp_path).run(small(name="x"))
+    assert trainings == []
+
+
 def test_overwriting_begins_anew(small, tmp_path, monkeypatch):
     folder = Runs(tmp_path).run(small(name="x"))
     (folder / "old").touch()
