@@ -22,7 +22,8 @@ class Texts(TextData):
     Args:
         train: A table or a list of tables, as ``read_table`` takes them. One with other column names is
             given as ``{path: ..., columns: [...]}``.
-        columns: Names of the columns that hold texts; all of them are taken.
+        columns: Names of the columns that hold texts; all of them are taken. A list of names among them is
+            one text, as [title, text] where a document is searched by both.
         side: Whether the texts are read as ``candidates`` or as ``queries`` (prompts and lengths differ).
         sentences: Cut the texts into sentences, at full stops.
         limit: At most so many texts, chosen by ``seed``.
@@ -42,7 +43,7 @@ class Texts(TextData):
     def __init__(
         self,
         train: Spec | list[Spec],
-        columns: Sequence[str] = ("text",),
+        columns: Sequence[str | Sequence[str]] = ("text",),
         side: Literal["candidates", "queries"] = "candidates",
         sentences: bool = False,
         limit: int | None = None,
@@ -71,13 +72,15 @@ class Texts(TextData):
             columns = self.columns
             if isinstance(spec, Mapping) and "columns" in spec:
                 columns, spec = spec["columns"], {**spec, "columns": None}
-            table = read_table(spec, {column: column for column in columns}, where=f"train[{i}]")
-            for column in columns:
-                for text in table.strings(column):
+            joined = [[names] if isinstance(names, str) else list(names) for names in columns]
+            table = read_table(spec, {name: name for names in joined for name in names}, where=f"train[{i}]")
+            for names in joined:
+                for parts in zip(*map(table.strings, names), strict=True):
+                    text = " ".join(part for part in parts if part)
                     pieces = SENTENCE_END.split(text) if self.sentences else [text]
                     found.update((piece, None) for piece in pieces if piece and not piece.isspace())
         if not found:
-            raise DataError(f"train: the columns {', '.join(self.columns)} hold no text at all.")
+            raise DataError(f"train: the columns {', '.join(map(str, self.columns))} hold no text at all.")
         texts = list(found)
         if self.limit is not None and self.limit < len(texts):
             chosen = random.Random(self.seed).sample(range(len(texts)), self.limit)

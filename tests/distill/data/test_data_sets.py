@@ -229,6 +229,12 @@ def test_texts_are_distinct_and_not_empty():
     assert cut.queries.texts == ["One.", "Two"] and len(cut.candidates) == 0 and len(cut.listed) == 2
 
 
+def test_columns_in_a_list_are_one_text():
+    table = pa.table({"title": ["On x", None, "On y"], "text": ["It is x.", "No title.", ""]})
+    texts = Texts(table, columns=[["title", "text"], "title"]).split("train").candidates.texts
+    assert texts == ["On x It is x.", "No title.", "On y", "On x"]
+
+
 def test_crops_are_new_runs_of_a_texts_words():
     table = pa.table({"text": ["a b c d e f g h", "c d", "x"]})
     texts = Texts(table, crops=20, crop_words=(2, 3)).split("train").candidates.texts
