@@ -34,6 +34,7 @@ SOURCE_KEYS = (
     "negatives",
     "with_positive",
     "topics",
+    "repeat",
     "path",
 )  # of any data set: batches, and where files lie
 
@@ -178,6 +179,7 @@ class Builder:
                 "data: no arrow hears a data set with a train split, so there is nothing to train on."
             )
         sources: dict[str, JudgedSource] = {}
+        repeat: dict[str, int] = {}
         for name in heard:
             node = recipe.data_sets[name]
             arguments = {
@@ -191,13 +193,18 @@ class Builder:
                 "name": name,
                 **arguments,
             }
-            topics = arguments.pop("topics", None)
+            topics, repeat[name] = arguments.pop("topics", None), arguments.pop("repeat", 1)
             try:
                 sources[name] = data[name].train_source(**arguments)
                 sources[name].topics = topics
             except (ValueError, TypeError) as error:
                 raise RecipeError(f"{self._place(recipe, name)}: {error}") from error
-        return Mixture(sources, recipe.train.seed) if len(sources) > 1 else next(iter(sources.values()))
+        if len(sources) == 1 and set(repeat.values()) == {1}:
+            return next(iter(sources.values()))
+        try:
+            return Mixture(sources, recipe.train.seed, repeat=repeat)
+        except ValueError as error:
+            raise RecipeError(f"data: {error}") from error
 
     @staticmethod
     def _place(recipe: Recipe, name: str) -> str:

@@ -24,12 +24,24 @@ class Mixture(Source):
     Args:
         sources: By the name that ``Batch.source`` then holds.
         seed: Of the order of the sources.
+        repeat: How many times an epoch takes a source, with other draws each time, so that a small one is
+            heard among large ones; once where nothing is said.
     """
 
-    def __init__(self, sources: Mapping[str, Source], seed: int = 0, name: str = "data"):
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        seed: int = 0,
+        name: str = "data",
+        repeat: Mapping[str, int] | None = None,
+    ):
         if not sources:
             raise ValueError("a mixture needs at least one source.")
         self.sources, self.seed, self.name = dict(sources), seed, name
+        self.repeat = {name: (repeat or {}).get(name, 1) for name in self.sources}
+        for name, times in self.repeat.items():
+            if not isinstance(times, int) or times < 1:
+                raise ValueError(f"{name}.repeat must be a whole number of at least 1, got {times!r}.")
         self._plan: tuple[int, Tensor, Tensor] | None = None
 
     @property
@@ -56,7 +68,11 @@ class Mixture(Source):
         }
 
     def steps(self, epoch: int) -> int:
-        return sum(source.steps(epoch) for source in self.sources.values())
+        return sum(self._taken(epoch))
+
+    def _taken(self, epoch: int) -> list[int]:
+        """How many steps of each source an epoch has."""
+        return [self.repeat[name] * source.steps(epoch) for name, source in self.sources.items()]
 
     def batch(self, epoch: int, step: int) -> Batch:
         if not 0 <= step < self.steps(epoch):
@@ -65,12 +81,14 @@ class Mixture(Source):
             )
         which, within = self._planned(epoch)
         name = list(self.sources)[which[step]]
-        return replace(self.sources[name].batch(epoch, int(within[step])), source=name)
+        again, place = divmod(int(within[step]), self.sources[name].steps(epoch))
+        batch = self.sources[name].batch(epoch * self.repeat[name] + again, place)
+        return replace(batch, source=name)
 
     def _planned(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """For each step its source and that source's own step: [steps] each."""
+        """For each step its source and which of that source's steps it is: [steps] each."""
         if self._plan is None or self._plan[0] != epoch:
-            steps = torch.tensor([source.steps(epoch) for source in self.sources.values()])
+            steps = torch.tensor(self._taken(epoch))
             which = torch.arange(len(steps)).repeat_interleave(steps)
             which = which[torch.randperm(len(which), generator=generator_of(self.seed, 2, epoch))]
             within = torch.empty_like(which)

@@ -334,6 +334,13 @@ def test_several_data_sets_are_mixed_by_name(recipe, tmp_path):
     source = builder.source(given, builder.data(given), ["judged", "texts"])
     assert {source.batch(0, step).source for step in range(source.steps(0))} == {"judged", "texts"}
     assert source.steps(0) == 3  # one of the judged query, two of a text each
+    given = recipe(data={"judged": {**judged, "repeat": 4}, "texts": texts})
+    builder.check(given)
+    assert builder.source(given, builder.data(given), ["judged", "texts"]).steps(0) == 4 + 2
+    assert builder.source(given, builder.data(given), ["judged"]).steps(0) == 4  # of a baseline, say
+    given = recipe(data={"judged": {**judged, "repeat": 0}, "texts": texts})
+    with pytest.raises(RecipeError, match=r"data: judged\.repeat must be a whole number of at least 1, got 0"):
+        builder.source(given, builder.data(given), ["judged", "texts"])
 
 
 def test_a_recipe_without_a_train_split_is_refused(recipe):

@@ -242,3 +242,19 @@ def test_a_mixture_deals_every_batch_of_every_source_once():
     assert again.source == orders[1][5] and again.query_ids.tolist() == batches[5].query_ids.tolist()
     with pytest.raises(ValueError, match="at least one source"):
         Mixture({})
+
+
+def test_a_mixture_takes_a_small_source_again_in_another_order():
+    parts = {"a": TextSource(judged([[0]] * 9, [[1]] * 9), 3), "b": TextSource(judged([[1]] * 5, None), 1)}
+    mixture = Mixture(parts, repeat={"a": 2})
+    assert mixture.steps(0) == 2 * 3 + 5
+    passes = []
+    for epoch in (0, 1):
+        batches = [mixture.batch(epoch, step) for step in range(11)]
+        rows = torch.cat([batch.query_ids for batch in batches if batch.source == "a"]).tolist()
+        passes += [rows[:9], rows[9:]]
+    assert all(sorted(rows) == list(range(9)) for rows in passes)
+    assert len(set(map(tuple, passes))) == 4
+    for wrong in (0, -1, 1.5, "2"):
+        with pytest.raises(ValueError, match=r"a\.repeat must be a whole number of at least 1"):
+            Mixture(parts, repeat={"a": wrong})
