@@ -10,6 +10,7 @@ from distill.batch import Readable
 from distill.build import Builder
 from distill.data.dataset import DataSet
 from distill.data.judged import Judged, Table, TextTable, summary
+from distill.data.mixture import Mixture
 from distill.data.source import JudgedSource, Source
 from distill.errors import Mistakes, RecipeError
 from distill.evaluation import check_measurable
@@ -111,12 +112,13 @@ class Plan:
 
     def _costs(self, name: str, source: JudgedSource, where: str, judged: int | None) -> Iterator[str]:
         node, apart = self.graph.nodes[name], isinstance(self.graph.nodes[name], Encoder)
+        times = self.source.repeat[source.name] if isinstance(self.source, Mixture) else 1
         queries, listed = len(source.query_rows), len(source.query_rows) * source.width
         texts = len(source.candidate_rows) if not queries else listed
         q, c = (_mean_ids(table, columns, node) for table, columns in _sides(node, source))
         what, unit = ("texts", "ids") if isinstance(source.candidates, TextTable) else ("rows", "rows")
         if name in self.graph.trained:
-            ids = queries * q + texts * c if apart else listed * (q + c)
+            ids = times * (queries * q + texts * c if apart else listed * (q + c))
             yield f"{where}{name} reads about {ids:,.0f} {unit} an epoch"
             if (rows := self.recipe.train.gradient_cache) is not None:
                 size = min(source.batch_size, queries or texts)
@@ -141,7 +143,8 @@ class Plan:
             ids = pairs * (q + c)
             yield f"{where}{name} is asked once about {pairs:,} pairs, about {ids:,.0f} {unit}{known}"
         if source.negatives and not apart:
-            yield f"{where}{name} is asked up to {listed:,} pairs an epoch as samplers draw them, each once"
+            pairs = times * listed
+            yield f"{where}{name} is asked up to {pairs:,} pairs an epoch as samplers draw them, each once"
 
 
 def plan_of(recipe: Recipe, builder: Builder) -> Plan:

@@ -197,6 +197,10 @@ def test_check_says_what_a_run_will_do_and_cost(here):
         "cross is asked up to 24 pairs an epoch as samplers draw" in done.out
     )  # 8 queries with 3 candidates
     assert not here.runs.exists()
+    again = here("check", here.recipe(), "train.steps=null", "train.epochs=3", "data.repeat=2").out
+    assert "12 steps of 4 queries" in again and "cross is asked up to 48 pairs an epoch" in again
+    ids = [int(re.search(r"student reads about ([\d,]+) ids", out)[1]) for out in (done.out, again)]
+    assert ids[1] == pytest.approx(2 * ids[0], abs=1)
 
 
 def test_check_refuses_batches_too_small_for_a_geometry(here):
