@@ -46,8 +46,11 @@ def start() -> None:
 
 
 def end() -> None:
-    """Part from the others, all processes, at the end of all work."""
+    """Part from the others, all processes, when the last has done its work: should one go wrong as it ends,
+    the launcher stops all.
+    """
     if dist.is_available() and dist.is_initialized():
+        wait()
         dist.destroy_process_group()
 
 
