@@ -6,9 +6,9 @@ import re
 import pytest
 
 from distill.errors import RecipeError
-from distill.recipe import study_names
+from distill.recipe import load_recipe, study_names
 from distill.run import Runs
-from distill.study import cells_of, compared_with, is_study, recipes_of
+from distill.study import cells_of, compared_with, is_study, load_study, recipes_of
 
 KL = {"type": "distill.objectives.ScoreKL", "from": "cross", "to": "student"}
 RECIPE = {
@@ -215,3 +215,35 @@ def test_our_studies_have_no_mistakes_of_names(name):
     study = load(name)
     assert study.name == name and load(name.removeprefix("studies/")) == study
     assert study_names()
+
+
+MEASURED_BY = {  # whose figure in recipes/README.md is that of a study's variant
+    "text_methods": {
+        "text/endx_joint": "endx_joint",
+        "text/endx_two_stage": "endx_two_stage",
+        "text/ernie_search": "ernie_search",
+        "text/trmd": "trmd",
+        "text/trmd_colbert": "trmd_colbert",
+        "text/wikiqa_cadet": "cadet",
+        "text/wikiqa_cl_drd": "cl_drd",
+        "text/wikiqa_gist": "gist",
+        "text/wikiqa_lead": "lead",
+        "text/wikiqa_leaf": "leaf",
+        "text/wikiqa_rocketqav2": "rocketqav2",
+        "text/wikiqa_stella": "stella_of_two",
+        "text/wikiqa_stratified": "stratified",
+        "text/wikiqa_tas_balanced": "tas_balanced",
+    },
+    "single_vs_multiple_teachers": {"text/wikiqa_two_teachers": "learned"},
+    "pairs_mrpc": {"text/virt_mrpc": "virt", "text/dual_encoder_mrpc": "dual_encoder"},
+    "pairs_sick": {"text/virt_sick": "virt"},
+    "scifact_methods": {"text/scifact_student": "all_texts"},
+}
+
+
+@pytest.mark.parametrize("study", MEASURED_BY)
+def test_a_recipe_that_a_study_measures_is_the_studys_variant(study):
+    variants = recipes_of(load_study(study)).variants
+    own = {"name", "baseline", "baseline_train", "search"}
+    for recipe, variant in MEASURED_BY[study].items():
+        assert load_recipe(recipe).model_dump(exclude=own) == variants["", variant].model_dump(exclude=own)
