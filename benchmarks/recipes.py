@@ -1,12 +1,14 @@
 """Run recipes over seeds, keep the raw results as JSON, and write the tables of recipes/README.md from them.
 
     python benchmarks/recipes.py run text/wikiqa_student --set models.student.layers=[0,5]
+    python benchmarks/recipes.py compare text/scifact_student
     python benchmarks/recipes.py study studies/privileged
     python benchmarks/recipes.py table
 
 Each run is an ordinary ``distill run`` or ``distill ablate`` under ``runs/``; its figures are copied to
-``benchmarks/results/recipes/NAME.json``, one file per recipe, overrides and seed, and those of a study to
-``benchmarks/results/studies/NAME.json``, with its table and its plot.
+``benchmarks/results/recipes/NAME.json``, one file per recipe, overrides and seed, those of a study to
+``benchmarks/results/studies/NAME.json``, with its table and its plot, and how all seeds with
+teachers compare with all without to ``benchmarks/results/compared/NAME.json``.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "recipes"
 STUDIES = RESULTS.parent / "studies"
+COMPARED = RESULTS.parent / "compared"
 README = Path(__file__).parent.parent / "recipes" / "README.md"
 KEPT = ("keep", "steps", "best_step", "dev", "cost", "models", "references", "comparison")
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -35,7 +38,7 @@ def run(recipe: str, seeds: list[int], overrides: list[str], variant: str, also:
     from distill.recipe import load_recipe
     from distill.run import Runs, environment
 
-    name = f"{recipe}-{variant}".rstrip("-").replace(" ", "_")
+    name = _name(recipe, variant)
     for seed in seeds:
         own = not overrides and seed == load_recipe(recipe).train.seed  # the run that other recipes ask for
         own_name = [] if own else [f"train.seed={seed}", f"name={name}-seed{seed}"]
@@ -58,6 +61,59 @@ def run(recipe: str, seeds: list[int], overrides: list[str], variant: str, also:
         path = RESULTS / f"{name.replace('/', '.')}.seed{seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def compare(recipe: str, seeds: list[int], variant: str) -> None:
+    """The student with teachers less the one without, each query's value averaged over the runs of all seeds.
+
+    Where test queries share their answers with train queries, these and the others also apart.
+    """
+    import pandas as pd
+
+    from distill.evaluation.significance_of_pairs import compare_trainings, unit
+    from distill.recipe import load_recipe
+
+    name = _name(recipe, variant)
+    own = load_recipe(recipe).train.seed
+    folders = [
+        Path("runs") / (recipe if seed == own and not variant else f"{name}-seed{seed}") for seed in seeds
+    ]
+    measured = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    keep = measured[0]["keep"]
+    metric = next(iter(measured[0]["models"][keep]["metrics"]))
+    frames = [pd.read_parquet(folder / "per_query.parquet") for folder in folders]
+    sides = [[frame[frame["model"] == model] for frame in frames] for model in ("baseline", keep)]
+    found = compare_trainings(*sides, metric)
+    result = {"metric": metric, "seeds": seeds, "of": unit(sides[0][0]), **found._asdict()}
+    known = _with_known_answer(recipe)
+    if known is not None and 0 < sum(known.values()) < len(known):
+        for group, is_in in (("answer known from train", True), ("answer new", False)):
+            chosen = [frame[frame["query"].map(known) == is_in] for frame in frames]
+            means = pd.concat(chosen).groupby("model", sort=False)[metric].mean()
+            result[group] = {"queries": chosen[0]["query"].nunique(), **means.to_dict()}
+    COMPARED.mkdir(parents=True, exist_ok=True)
+    path = COMPARED / f"{name.replace('/', '.')}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path.read_text())
+
+
+def _with_known_answer(recipe: str) -> dict[str, bool] | None:
+    """By test query, whether an answer of its is that of a train query; None: they search other tables."""
+    from distill.build import Builder
+    from distill.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    data = Builder().data(loaded)
+    part = data[loaded.evaluate.data or next(iter(data))]
+    train, test = part.split("train"), part.split(loaded.evaluate.split)
+    if not hasattr(test, "positives") or train.candidates is not test.candidates:
+        return None
+    known = set(train.positives.values.tolist())
+    answers = test.positives.values.split(test.positives.lengths.tolist())
+    return {
+        str(query): not known.isdisjoint(own.tolist())
+        for query, own in zip(test.queries.ids, answers, strict=True)
+    }
 
 
 def study(name: str, jobs: int = 1) -> None:
@@ -96,8 +152,9 @@ def _of_recipes() -> list[str]:
         result = json.loads(path.read_text())
         groups.setdefault((result["recipe"], result["variant"]), []).append(result)
     lines = [
-        "| recipe | metric | seeds | without teachers | kept model | teachers, references | gap closed |",
-        "|---|---|---|---|---|---|---|",
+        "| recipe | metric | seeds | without teachers | kept model | difference, p | teachers, references "
+        "| gap closed |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (recipe, variant), results in sorted(groups.items()):
         metric = next(iter(results[0]["models"][results[0]["keep"]]["metrics"]))
@@ -119,6 +176,7 @@ def _of_recipes() -> list[str]:
             str(len(results)),
             _spread(of("baseline")) if has_baseline else "-",
             _spread(of(keep)),
+            _difference(recipe, variant, metric),
             ", ".join(f"{n} {_spread(of(n))}" for n in [*teachers, *results[0].get("references", {})]) or "-",
             closed,
         ]
@@ -126,9 +184,23 @@ def _of_recipes() -> list[str]:
         for split, measured in results[0].get("also", {}).items():
             for other in list(measured)[:2]:
                 values = [r["also"][split][other] for r in results]
-                cells = [f"... {split}", other, str(len(values)), "-", _spread(values), "-", "-"]
+                cells = [f"... {split}", other, str(len(values)), "-", _spread(values), "-", "-", "-"]
                 lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _name(recipe: str, variant: str) -> str:
+    return f"{recipe}-{variant}".rstrip("-").replace(" ", "_")
+
+
+def _difference(recipe: str, variant: str, metric: str) -> str:
+    """What ``compare`` found, if it was asked."""
+    path = COMPARED / f"{_name(recipe, variant).replace('/', '.')}.json"
+    if not path.exists():
+        return "-"
+    c = json.loads(path.read_text())
+    assert c["metric"] == metric, f"{path} compares {c['metric']}"
+    return f"{c['difference']:+.4f} ({c['low']:+.4f} to {c['high']:+.4f}), {c['p_value']:.2g}"
 
 
 def _spread(values: list[float]) -> str:
@@ -148,6 +220,10 @@ def main() -> None:
     one.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     one.add_argument("--also", metavar="SPLIT", help="measure the kept model on this one too")
     one.add_argument("--variant", default="", help="what to call these overrides in the table")
+    both = commands.add_parser("compare", help="with and without teachers, over runs that are there")
+    both.add_argument("recipe")
+    both.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    both.add_argument("--variant", default="", help="as it was called for `run`")
     several = commands.add_parser("study")
     several.add_argument("study", help="such as studies/privileged")
     several.add_argument("--jobs", type=int, default=1, help="how many trainings at a time")
@@ -156,6 +232,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if arguments.command == "run":
         run(arguments.recipe, arguments.seeds, arguments.overrides, arguments.variant, arguments.also)
+    elif arguments.command == "compare":
+        compare(arguments.recipe, arguments.seeds, arguments.variant)
     elif arguments.command == "study":
         study(arguments.study, arguments.jobs)
     else:
