@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from distill.console import markdown_table, one_line, print_table, quiet_libraries, reported, say
-from distill.errors import DataError, RunError, UserError
+from distill.asking import answer, encoded_items, encoder_of, index_folder, read_corpus, user_of
+from distill.console import markdown_table, print_table, quiet_libraries, reported, say
+from distill.errors import RunError, UserError
 
 app = typer.Typer(
     help="From powerful models to small ones, for search and recommendation, by recipe.",
@@ -288,7 +289,7 @@ def index(
         if output.exists() and not (output / ABOUT).is_file() and (output.is_file() or any(output.iterdir())):
             raise UserError(f"{output} is there and is no index; name another folder with --output.")
         quiet_libraries()
-        encoder = _encoder(model, runs)
+        encoder = encoder_of(model, runs)
         if corpus in recipe_names() or Path(corpus).suffix in (".yaml", ".yml"):
             all_runs = Runs(runs)
             found = all_runs.candidates(all_runs.load(corpus, overrides or ()))
@@ -297,9 +298,9 @@ def index(
         elif overrides:
             raise UserError(f"{' '.join(overrides)}: keys of a recipe, but {corpus} is none.")
         elif hasattr(encoder, "encode_items"):
-            ids, texts, vectors = _items(encoder, corpus, id_column, title_column)
+            ids, texts, vectors = encoded_items(encoder, corpus, id_column, title_column)
         else:
-            ids, texts = _corpus(corpus, id_column, text_column, title_column)
+            ids, texts = read_corpus(corpus, id_column, text_column, title_column)
             say(f"encoding {len(texts):,} texts")
             vectors = encoder.encode_candidates(texts, progress=True)
         local = Path(model).expanduser().is_dir() or (runs / model).is_dir()
@@ -328,11 +329,11 @@ def search(
     """Ask an index."""
     with reported(debug):
         quiet_libraries()
-        asked: list[Any] = [_user(text) for text in user or ()] or list(queries or ())
+        asked: list[Any] = [user_of(text) for text in user or ()] or list(queries or ())
         asked = asked or [line.strip() for line in sys.stdin if line.strip()]
         if not asked:
             raise UserError("no query: give one as an argument, or one per line of stdin.")
-        _answer(_index_folder(folder, runs), asked, k, model, runs)
+        answer(index_folder(folder, runs), asked, k, model, runs)
 
 
 def _checkup(patients: Sequence[Any], warnings: Sequence[str]) -> None:
@@ -401,89 +402,4 @@ def _show(folder: Path) -> None:
     print(f"run folder: {folder}")
     if queries := read_yaml(folder / "recipe.yaml").get("search"):
         print()
-        _answer(folder / "index", queries, k=3)
-
-
-def _user(text: str) -> dict[str, Any]:
-    """A user as the command line gives it."""
-    try:
-        user = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--user: this is no JSON ({error}): {text}") from error
-    if not isinstance(user, dict):
-        raise UserError(f'--user: a user is a JSON object, such as {{"user_id": 7}}, got {text}')
-    return user
-
-
-def _index_folder(spec: Path, runs: Path) -> Path:
-    """The folder of an index: named itself, or inside or beside the run or model that is named."""
-    from distill.index import ABOUT
-
-    named = (spec, spec / "index", runs / spec / "index", spec.parent / "index")
-    return next((folder for folder in named if (folder / ABOUT).is_file()), spec)
-
-
-def _answer(
-    folder: Path, queries: Sequence[Any], k: int, model: str | None = None, runs: Path = RUNS
-) -> None:
-    """Print the hits of each query, a text or a user: score, id and the start of the text."""
-    from distill.index import Index
-
-    index = Index.load(folder)
-    if not (name := model or index.about.get("model")):
-        raise UserError(f"{folder} does not say which model made it; name it with --model.")
-    beside = model is None and (folder / name).is_dir()  # the model of a run lies beside its index
-    encoder = _encoder(str(folder / name) if beside else name, runs)
-    if hasattr(encoder, "encode_users") != isinstance(queries[0], dict):
-        raise UserError("a two-tower is asked with --user JSON, an encoder of texts with a text.")
-    vectors = encoder.encode_queries(list(queries))
-    for query, hits in zip(queries, index.search(vectors, k), strict=True):
-        print(json.dumps(query, ensure_ascii=False) if isinstance(query, dict) else query)
-        for hit in hits:
-            print(f"{hit.rank:>4}  {hit.score:.4f}  {hit.id}  {one_line(hit.text or '')}".rstrip())
-
-
-def _encoder(name: str, runs: Path) -> Any:
-    from distill.model import Encoder
-    from distill.open import open_model
-
-    model = open_model(name, runs)
-    if not isinstance(model, Encoder) or model.search == "own":
-        raise UserError(
-            f"{name} ({type(model).__name__}) compares query and candidate by more than a product of "
-            f"vectors, so it cannot be indexed or searched."
-        )
-    return model
-
-
-def _items(
-    encoder: Any, spec: str, id_column: str, title_column: str | None
-) -> tuple[list[str], list[str] | None, Any]:
-    """Ids, what is shown, and vectors of a table of items; other columns than the model's are not read."""
-    from distill.data.frames import collect, require, scan
-
-    frame = scan(spec, "CORPUS")
-    read = [feature.source for feature in encoder.item_features]
-    wanted = list(dict.fromkeys([id_column, *read, *([title_column] if title_column else [])]))
-    require(frame, wanted, "CORPUS")
-    rows = collect(frame.select(wanted), "CORPUS")
-    say(f"encoding {len(rows):,} items")
-    vectors = encoder.encode_items(rows.select(read), progress=True)
-    shown = None if title_column is None else [str(title) for title in rows[title_column].to_list()]
-    return [str(name) for name in rows[id_column].to_list()], shown, vectors
-
-
-def _corpus(
-    spec: str, id_column: str, text_column: str, title_column: str | None
-) -> tuple[list[str], list[str]]:
-    """Ids and texts of a corpus, none of them empty."""
-    from distill.data import read_table
-
-    table = read_table(spec, {"id": id_column, "text": text_column, "title": title_column}, where="CORPUS")
-    if title_column is None:
-        return table.ids("id", unique=True), table.texts("text")
-    pairs = zip(table.strings("title"), table.strings("text"), strict=True)
-    texts = [f"{title} {text}".strip() for title, text in pairs]
-    if "" in texts:
-        raise DataError(f"{table.where('text', texts.index(''))}: neither title nor text. Remove the row.")
-    return table.ids("id", unique=True), texts
+        answer(folder / "index", queries, 3, None, RUNS)

@@ -12,7 +12,7 @@ from distill.index import Index
 from distill.open import open_model
 from students import TwoTower
 from teachers import PrivilegedRanker
-from tests.distill.test_cli import distill
+from tests.distill.workplace import distill
 from tests.shop import fitted, items, public, users
 
 

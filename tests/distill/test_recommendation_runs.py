@@ -8,7 +8,7 @@ from ruamel.yaml import YAML
 
 from distill.open import open_model
 from distill.paths import recipes_folder
-from tests.distill.test_cli import distill
+from tests.distill.workplace import distill
 
 pytest.importorskip("lightgbm")
 FEW = {"train": 300, "test": 300, "dim": 4}

@@ -18,7 +18,7 @@ from distill.outputs import Needs
 from distill.store import TeacherMemory
 from students import BiEncoder
 from teachers import ColBERT, CrossEncoder
-from tests.distill.test_cli import distill, jsonl
+from tests.distill.workplace import distill, jsonl
 
 
 def random_rows(n: int, seed: int = 0) -> Ragged:
