@@ -276,7 +276,8 @@ def test_a_process_that_is_killed_ends_the_run_with_a_message(workplace, tiny_be
     recipe(workplace, tiny_bert, {"what": "kill", "where": 1})
     code, _, err = run(workplace)
     assert code != 0
-    assert err.count("error: another process of this run ended without a word") == 1
+    assert "Signal 9 (SIGKILL)" in err  # of the launcher, which may stop the other before that one speaks
+    assert err.count("error: another process of this run ended without a word") <= 1
 
 
 def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(workplace, tiny_bert):
