@@ -131,6 +131,9 @@ def one_voice() -> Iterator[None]:
             stack.enter_context(redirect_stderr(nowhere))
         yield
     processes.end()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is done and written; threads of libraries abort now and then as an interpreter ends
 
 
 def _is_heard() -> bool:
