@@ -1,5 +1,6 @@
 """One optimiser step of several little graphs, in this process or in each of several: run as a module."""
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -311,6 +312,7 @@ def main(folder):
     assert processes.any_of(rank == 1, False) == (True, False)
     save_file(found, folder / f"{rank}.safetensors")
     processes.end()
+    os._exit(0)  # as the command does
 
 
 if __name__ == "__main__":
