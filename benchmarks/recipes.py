@@ -190,6 +190,7 @@ def _of_recipes() -> list[str]:
 
 
 def _name(recipe: str, variant: str) -> str:
+    """Of the runs and results of a recipe's variant; "" is the recipe itself."""
     return f"{recipe}-{variant}".rstrip("-").replace(" ", "_")
 
 
@@ -199,7 +200,8 @@ def _difference(recipe: str, variant: str, metric: str) -> str:
     if not path.exists():
         return "-"
     c = json.loads(path.read_text())
-    assert c["metric"] == metric, f"{path} compares {c['metric']}"
+    if c["metric"] != metric:
+        raise ValueError(f"{path} compares {c['metric']}, and the recipe is measured by {metric}: compare it again")
     return f"{c['difference']:+.4f} ({c['low']:+.4f} to {c['high']:+.4f}), {c['p_value']:.2g}"
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
 
 import typer
 from rich import box
@@ -124,6 +126,7 @@ def one_voice() -> Iterator[None]:
     from distill import processes
 
     processes.start()
+    signal.signal(signal.SIGTERM, _told_to_end)
     with ExitStack() as stack:
         if not processes.is_first():
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -134,6 +137,12 @@ def one_voice() -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # all is done and written; threads of libraries abort now and then as an interpreter ends
+
+
+def _told_to_end(number: int, frame: Any) -> None:
+    """A launcher whose other process has failed says SIGTERM: who is failing because of it first says why."""
+    if sys.exc_info()[0] is None:
+        raise KeyboardInterrupt
 
 
 def _is_heard() -> bool:

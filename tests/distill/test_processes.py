@@ -118,12 +118,16 @@ def test_rows_and_words_reach_all_processes(several):
 # the command
 
 MODULE = '''
-import os, signal
+import os, signal, time
 from pathlib import Path
 import torch
+from distill import processes
 from distill.objectives.base import Objective
 from distill.outputs import Needs
 from distill.processes import rank
+
+speaks = processes.speaks
+processes.speaks = lambda: time.sleep(2) or speaks()  # the launcher ends the others before they have spoken
 
 
 class Happens(Objective):
@@ -276,8 +280,7 @@ def test_a_process_that_is_killed_ends_the_run_with_a_message(workplace, tiny_be
     recipe(workplace, tiny_bert, {"what": "kill", "where": 1})
     code, _, err = run(workplace)
     assert code != 0
-    assert "Signal 9 (SIGKILL)" in err  # of the launcher, which may stop the other before that one speaks
-    assert err.count("error: another process of this run ended without a word") <= 1
+    assert err.count("error: another process of this run ended without a word") == 1
 
 
 def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(workplace, tiny_bert):
