@@ -201,7 +201,7 @@ def _difference(recipe: str, variant: str, metric: str) -> str:
         return "-"
     c = json.loads(path.read_text())
     if c["metric"] != metric:
-        raise ValueError(f"{path} compares {c['metric']}, and the recipe is measured by {metric}: compare it again")
+        raise ValueError(f"{path} compares {c['metric']}, not {metric}: compare the seeds again")
     return f"{c['difference']:+.4f} ({c['low']:+.4f} to {c['high']:+.4f}), {c['p_value']:.2g}"
 
 
