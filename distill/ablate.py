@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import Any
 import psutil
 
 from distill.console import markdown_table
+from distill.equal_runs import EqualRuns, runs_in
 from distill.errors import Mistakes, RecipeError, RunError, UserError
 from distill.hub.files import atomic_write_text, read_json
 from distill.jobs import Job, run_jobs
 from distill.lock import only_run_in
 from distill.plan import Plan, heard_by
-from distill.processes import is_first, world
-from distill.run import FINISHED, Runs, as_yaml
+from distill.processes import from_first, is_first, world
+from distill.run import FINISHED, Runs, as_yaml, environment
 from distill.settings import Recipe, Study
 from distill.study import Cell, cells_of, compared_with, has_own_steps, metrics_of, recipes_of
 from distill.study_plot import plot
@@ -121,15 +122,21 @@ class Ablation:
     def run(self) -> dict[str, Any]:
         """Run the cells that are not finished and compare all that are; returns what ``results.json`` says.
 
+        A run of another name that trained and measured the same is taken, unless ``runs.overwrite``.
+
         A cell that fails is told in ``failed``, and the others go on.
         """
         cells, _ = self.check()
         with only_run_in(self.folder) if is_first() else nullcontext():
             if is_first():
                 atomic_write_text(self.folder / "study.yaml", as_yaml(self.study))
-            waiting = [cell for cell in cells if not self.runs.is_finished(cell.recipe)]
-            log.info("%s: %d cells, %d are finished", self.study.name, len(cells), len(cells) - len(waiting))
-            for name in dict.fromkeys(name for cell in waiting for name in _runs_in(cell.recipe.models)):
+            finished = self.finished(cells)
+            waiting = [cell for cell in cells if cell.recipe.name not in finished]
+            log.info("%s: %d cells, %d are finished", self.study.name, len(cells), len(finished))
+            for name, folder in finished.items():
+                if folder != self.runs.folder / name:
+                    log.info("%s: %s is a run of the same, and is taken for it", name, folder)
+            for name in dict.fromkeys(name for cell in waiting for name in runs_in(cell.recipe.models)):
                 self.runs.model_of(name)
             clock = _Clock(len(waiting))
             if self.jobs == 1:
@@ -137,6 +144,19 @@ class Ablation:
             elif waiting:
                 self._several(cells, waiting, clock)
             return self._compare(cells)
+
+    def finished(self, cells: Sequence[Cell]) -> dict[str, Path]:
+        """Cells that need not be trained, by name, and their folders: their own, or that of an equal run."""
+        found: dict[str, Path] = {}
+        others: EqualRuns | None = None
+        for cell in cells:
+            if self.runs.is_finished(cell.recipe):
+                found[cell.recipe.name] = self.runs.folder / cell.recipe.name
+            elif not self.runs.overwrite:
+                others = others or EqualRuns(self.runs.folder, environment())
+                if (equal := from_first(others.find(cell.recipe))) is not None:
+                    found[cell.recipe.name] = equal
+        return found
 
     def _one_by_one(self, waiting: Sequence[Cell], clock: _Clock) -> None:
         for cell in waiting:
@@ -195,10 +215,10 @@ class Ablation:
 
     def _compare(self, cells: Sequence[Cell]) -> dict[str, Any]:
         recipes, found = recipes_of(self.study), dict[tuple[str, str, int], Measured]()
+        finished = self.finished(cells)
         for cell in cells:
-            folder = self.runs.folder / cell.recipe.name
-            if str(cell) not in self.failed and (folder / FINISHED).exists():
-                found[cell.data, cell.variant, cell.seed] = measured_in(folder)
+            if str(cell) not in self.failed and cell.recipe.name in finished:
+                found[cell.data, cell.variant, cell.seed] = measured_in(finished[cell.recipe.name])
         results = tabulate(
             self.study.name,
             {name: compared_with(self.study, name) for name in self.study.variants},
@@ -228,15 +248,6 @@ class _Clock:
         left = mean * (self.cells - done) / max(1, at_once)
         words = f", about {max(1, round(left / 60))} min left" if done < self.cells else ""
         log.info("%d of %d cells done (%s took %.0f s)%s", done, self.cells, cell, seconds, words)
-
-
-def _runs_in(node: Any) -> Iterator[str]:
-    """The recipes whose models a recipe's nodes ask for (``run:``)."""
-    if isinstance(node, Mapping):
-        if set(node) == {"run"}:
-            yield node["run"]
-        else:
-            yield from (name for value in node.values() for name in _runs_in(value))
 
 
 def _last_line(log: Path) -> str:

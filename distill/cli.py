@@ -130,7 +130,10 @@ def ablate(
         typer.Option(min=0, help="GB for all jobs together; without it, what is free.", show_default=False),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace runs of variants that have changed.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace runs of variants that have changed, and take none from elsewhere."
+        ),
     ] = False,
     trust: Trust = None,
     runs: RunsFolder = RUNS,
@@ -351,7 +354,8 @@ def _check_study(spec: str, overrides: Sequence[str], runs: Any) -> None:
     from distill.ablate import Ablation
 
     study = runs.load_study(spec, overrides)
-    cells, plans = Ablation(runs, study).check()
+    ablation = Ablation(runs, study)
+    cells, plans = ablation.check()
     several = len({plan.data for plan in plans}) > 1
     header = ["variant", "compared with", "losses", "frozen teachers", "hears", "steps"]
     rows = []
@@ -361,7 +365,7 @@ def _check_study(spec: str, overrides: Sequence[str], runs: Any) -> None:
     if several:
         header, rows = ["data", *header], [[plan.data, *row] for plan, row in zip(plans, rows, strict=True)]
     print_table(header, rows, text_columns=len(header) - 1)
-    finished = sum(runs.is_finished(cell.recipe) for cell in cells)
+    finished = len(ablation.finished(cells))
     print(f"{len(cells)} trainings, seeds {', '.join(map(str, study.seeds))}; {finished} are finished")
     costs = dict.fromkeys(
         f"{plan.data}: {line}" if several else line for plan in plans for line in plan.costs

@@ -274,6 +274,18 @@ def test_an_interrupted_study_goes_on_without_repeating(here, monkeypatch):
     assert here("ablate").code == 0 and [one.name for one in seen] == ["alone/seed2", "taught/seed2"]
 
 
+def test_a_cell_that_was_trained_elsewhere_is_not_trained_again(here, monkeypatch):
+    assert here("ablate", "name=earlier", "seeds=[1]").code == 0
+    first = json.loads((here.runs / "earlier/results.json").read_text())["data"]
+    seen = watch(monkeypatch)
+    assert "4 trainings, seeds 1, 2; 2 are finished" in here("check").out
+    done = here("ablate", "seeds=[1]")
+    assert done.code == 0 and seen == [] and here.results["data"] == first
+    assert "mine/study/taught/seed1: " in done.err and "is a run of the same, and is taken for it" in done.err
+    assert here("ablate", "seeds=[1]", "--overwrite").code == 0
+    assert [one.name for one in seen] == ["alone/seed1", "taught/seed1"]
+
+
 def test_a_cell_that_fails_is_told_and_the_others_are_compared(here, monkeypatch):
     from distill.errors import RunError
 
@@ -351,6 +363,7 @@ def test_as_many_run_at_a_time_as_memory_holds_once_it_is_known_what_one_takes(h
 def test_cells_run_side_by_side_end_as_one_after_the_other(here):
     """In processes of their own: equal losses, the teacher asked before, a failure told from its log."""
     assert here("ablate", "name=alone", "seeds=[1]").code == 0
+    (here.runs / "alone/taught/seed1/environment.json").unlink()  # else the study would take it as it is
     here.study["variants"].pop("alone")
     here.study["baseline"] = "taught"
     here.study["variants"]["late"] = {"set": {"losses.order.weight": 1e38, "train.learning_rate": 1e30}}

@@ -1,0 +1,97 @@
+"""Finished runs found by what they trained and measured, so that studies do not train a thing twice.
+
+Two runs are equal if the same models heard the same data by the same losses for as many steps, and were
+measured on the same split; names, baselines and sample queries may differ. They must have been made with the
+same packages on the same kind of device, and after the models that they took from other runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from distill.hub.files import read_json
+from distill.recipe import read_yaml
+from distill.settings import Recipe
+
+FINISHED = "metrics.json"  # a run writes it last
+RECIPE = "recipe.yaml"
+ENVIRONMENT = "environment.json"
+OF_ITS_OWN = {"name", "baseline", "baseline_train", "search"}  # keys that change no kept model
+
+
+class EqualRuns:
+    """The finished runs below a folder, as they are now.
+
+    Args:
+        folder: Of all runs.
+        environment: What the figures of a run of today depend on besides its recipe.
+    """
+
+    def __init__(self, folder: Path, environment: Mapping[str, Any]):
+        self.folder, self.environment = folder, _that_matters(environment)
+        self._found: dict[str, list[tuple[Path, bool]]] = {}  # and whether teachers were measured
+        for run in _finished(folder):
+            recipe = _recipe_of(run)
+            if recipe is not None and recipe.train.minutes is None:  # whose steps depend on the clock
+                key = trained_and_measured(recipe, read_json(run / FINISHED)["steps"])
+                self._found.setdefault(key, []).append((run, recipe.evaluate.teachers))
+
+    def find(self, recipe: Recipe) -> Path | None:
+        """A run equal to that of a recipe with ``train.steps``; it measures its teachers too if that does."""
+        assert recipe.train.steps is not None
+        for run, teachers in self._found.get(trained_and_measured(recipe, recipe.train.steps), ()):
+            measures = teachers or not recipe.evaluate.teachers
+            if measures and self._is_of_today(run, recipe) and run != self.folder / recipe.name:
+                return run
+        return None
+
+    def _is_of_today(self, run: Path, recipe: Recipe) -> bool:
+        if _that_matters(read_json(run / ENVIRONMENT, {})) != self.environment:
+            return False
+        asked = [self.folder / name / FINISHED for name in runs_in(recipe.models)]
+        made = (run / FINISHED).stat().st_mtime
+        return all(path.exists() and path.stat().st_mtime < made for path in asked)
+
+
+def trained_and_measured(recipe: Recipe, steps: int) -> str:
+    """All of a recipe that its kept model and the figures of that depend on."""
+    said = recipe.model_dump(mode="json", exclude=OF_ITS_OWN)
+    said["train"] |= {"steps": steps, "epochs": None}
+    for key in ("teachers", "references"):  # are measured beside it
+        said["evaluate"].pop(key)
+    return json.dumps(said, sort_keys=True)
+
+
+def runs_in(node: Any) -> Iterator[str]:
+    """The recipes whose models a recipe's nodes ask for (``run:``)."""
+    if isinstance(node, Mapping):
+        if set(node) == {"run"}:
+            yield node["run"]
+        else:
+            yield from (name for value in node.values() for name in runs_in(value))
+
+
+def _finished(folder: Path) -> Iterator[Path]:
+    for path, below, files in os.walk(folder):
+        if FINISHED in files:
+            below.clear()
+            yield Path(path)
+        below.sort()
+
+
+def _recipe_of(run: Path) -> Recipe | None:
+    """The recipe of a run; None: it has none, or one of another time."""
+    try:
+        return Recipe.model_validate(read_yaml(run / RECIPE)) if (run / RECIPE).exists() else None
+    except ValidationError:
+        return None
+
+
+def _that_matters(environment: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: environment.get(key) for key in ("machine", "device", "processes", "packages")}
