@@ -28,7 +28,7 @@ from distill.outputs import Needs, Outputs
 from distill.tokens import Tokens
 from students import TwoTower
 from teachers import PrivilegedRanker
-from tests.distill.test_trainer import Bag, Words, judged, stopping, trainer
+from tests.distill.training import Bag, Words, judged, stopping, trainer
 from tests.shop import fitted, shop
 
 

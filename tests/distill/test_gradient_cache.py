@@ -10,7 +10,7 @@ from distill.objectives import SampledSoftmax
 from distill.outputs import Needs
 from distill.pieces import piece_problems
 from tests.distill.several import CASES, case, step
-from tests.distill.test_trainer import Bag, trainer
+from tests.distill.training import Bag, trainer
 
 
 def assert_same(found, expected, **tolerance):
@@ -72,7 +72,7 @@ def test_a_text_encoder_draws_the_same_dropout_again(tiny_bert, monkeypatch):
     """Its attention chooses other kernels without gradient, which would draw other numbers."""
     from distill.data import TextSource
     from students import BiEncoder
-    from tests.distill.test_trainer import judged
+    from tests.distill.training import judged
 
     def gradients():
         student = BiEncoder(tiny_bert(), dropout=0.3)

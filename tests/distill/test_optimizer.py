@@ -16,7 +16,7 @@ from distill.optimizer import RowAdagrad, optimizers, table_names
 from distill.settings import TrainSettings
 from distill.trainer import Trainer
 from students import TwoTower
-from tests.distill.test_trainer import stopping
+from tests.distill.training import stopping
 from tests.shop import fitted, shop
 
 

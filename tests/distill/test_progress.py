@@ -7,7 +7,7 @@ import pytest
 from distill import progress as progress_module
 from distill.checkpoint import latest
 from distill.progress import History
-from tests.distill.test_trainer import trainer
+from tests.distill.training import trainer
 
 
 def test_history_is_begun_written_and_cut(tmp_path):

@@ -1,75 +1,28 @@
-"""The training loop: equal however it is cut into batches or interrupted, and clear about how it ends."""
+"""The training loop: equal however it is cut into batches, and clear about how it ends."""
 
-import itertools
-import json
 import math
-import signal
-from zlib import crc32
 
-import pyarrow as pa
 import pytest
 import torch
-from torch import nn
 
-from distill.batch import Columns, Ragged
 from distill.checkpoint import latest
-from distill.data import Judged, Mixture, NearestNegatives, TextSource, TextTable
-from distill.errors import DataError, RecipeError, RunError
+from distill.data import Mixture
+from distill.errors import RecipeError, RunError
 from distill.graph import Arrow, DistillationGraph
-from distill.model import Encoder
-from distill.nn.dropout import Dropout
 from distill.objectives import EmbeddingMatch, MarginMSE, Objective, RankNet, SampledSoftmax, ScoreKL
-from distill.outputs import Needs, Outputs
-from distill.settings import TrainSettings
-from distill.trainer import Trainer
-
-QUERIES = 11
-
-
-class Words:
-    """A column whose ids are hashes of words."""
-
-    key = fingerprint = "words"
-
-    def encode(self, texts):
-        return Ragged.of([[crc32(w.encode()) % 50 for w in t.split()] for t in texts], dtype=torch.int32)
-
-
-class Bag(Encoder):
-    """The mean of its words' vectors, after dropout, through a matrix: a text encoder of a few lines."""
-
-    reads = Columns((Words(),), (Words(),))
-    provides = frozenset({"queries", "candidates", "scores", "in_batch"})
-    dim = 6
-
-    def __init__(self, seed=0, dropout=0.0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.words, self.linear = nn.Embedding(50, 8), nn.Linear(8, 6)
-        self.dropout = Dropout(dropout)
-        self.asked = 0
-
-    def vectors(self, ids):
-        padded, mask = ids.padded(0)
-        summed = (self.words(padded.long()) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-        return self.linear(self.dropout(summed))
-
-    def represent(self, batch, needs):
-        self.asked += 1
-        queries, candidates = batch.queries["words"], batch.candidates["words"]
-        return Outputs(queries=self.vectors(queries), candidates=self.vectors(candidates))
-
-    def compare(self, outputs, batch, needs):
-        listed = (outputs.candidates[batch.index] * outputs.queries[:, None]).sum(-1)
-        return outputs.with_(scores=listed, in_batch=outputs.queries @ outputs.candidates.T)
-
-    def encode_queries(self, queries, progress=False):
-        return self.vectors(Words().encode(queries))
-
-    encode_candidates = encode_queries
-
-    def save_pretrained(self, folder):
-        raise NotImplementedError
+from distill.outputs import Needs
+from tests.distill.training import (
+    QUERIES,
+    Bag,
+    equal,
+    graph,
+    history,
+    labels_arrow,
+    source,
+    trainer,
+    weights,
+    with_teacher,
+)
 
 
 class Explodes(Objective):
@@ -88,61 +41,6 @@ class Explodes(Objective):
         if self.calls < self.at:
             return scores
         return (scores * 0).sqrt() if self.gradient else scores * math.nan
-
-
-def judged() -> Judged:
-    """Queries that list one to five candidates, the first relevant (of one query none)."""
-    lists = [[(3 * q + i) % 20 for i in range(1 + q % 5)] for q in range(QUERIES)]
-    labels = [float(i == 0 and q != 7) for q, rows in enumerate(lists) for i in range(len(rows))]
-    return Judged(
-        task="rerank",
-        queries=TextTable(
-            [str(q) for q in range(QUERIES)], [f"which w{q} of x{q % 3}" for q in range(QUERIES)]
-        ),
-        candidates=TextTable(
-            [str(c) for c in range(20)], [f"w{c} " * (1 + c % 4) + f"c{c}" for c in range(20)]
-        ),
-        listed=Ragged.of(lists),
-        labels=torch.tensor(labels),
-    )
-
-
-def source(batch_size=4, **arguments):
-    made = TextSource(judged(), batch_size, candidates=8, seed=5, **arguments)
-    made.prepare([Words()], [Words()])
-    return made
-
-
-def labels_arrow(**arguments):
-    return Arrow("labels", SampledSoftmax(temperature=1.0), "student", **arguments)
-
-
-def with_teacher(**arguments):
-    return [labels_arrow(), Arrow("scores", ScoreKL(), "student", "teacher", weight=0.5, **arguments)]
-
-
-def graph(arrows=None, dropout=0.0, trained=("student",), teachers=("teacher",)):
-    nodes = {"student": Bag(1, dropout), **{name: Bag(2, dropout) for name in teachers}}
-    return DistillationGraph(nodes, arrows or with_teacher(), trained)
-
-
-def trainer(folder, made=None, given=None, evaluate=None, select=None, steps=None, **settings):
-    settings = {"epochs": 2, "learning_rate": 0.05, "mixed_precision": "no", "log_every": 1, **settings}
-    return Trainer(
-        made or graph(), given or source(), TrainSettings(**settings), folder, evaluate, select, steps
-    )
-
-
-def history(folder):
-    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-
-
-def weights(made):
-    return {name: p.detach().clone() for name, p in made.trainable().items()}
-
-
-def equal(one, two) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 # one step
@@ -402,176 +300,6 @@ def test_evaluations_come_as_often_as_asked(tmp_path):
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     never = trainer(tmp_path / "never", evaluate=lambda: 1 / 0, evaluate_every=None)
     assert never.fit().best is None
-
-
-# interruptions
-
-
-def stopping(made, place):
-    """A source that is stopped by Ctrl-C while its ``place``-th batch is made."""
-    batch = made.batch
-    count = [0]
-
-    def stopped(epoch, step):
-        count[0] += 1
-        if count[0] == place:
-            signal.raise_signal(signal.SIGINT)
-        return batch(epoch, step)
-
-    made.batch = stopped
-    return made
-
-
-def fit_whole(folder, given=None, dies_at=None, **settings):
-    """Train with dropout, a frozen teacher in memory and a dev split, for four epochs of three batches."""
-    made = graph(dropout=0.3)
-    calls = []
-
-    def evaluate():  # a function of the weights alone, up and down
-        calls.append(1)
-        if len(calls) == dies_at:
-            raise MemoryError("gone")
-        return {"MAP": math.sin(1e3 * sum(p.double().sum().item() for p in made.trainable().values()))}
-
-    it = trainer(folder, made, given, evaluate, "MAP", epochs=4, weight_decay=0.1, **settings)
-    return it.fit(), weights(made)
-
-
-def lines_without_speed(folder):
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in history(folder)]
-
-
-def assert_same_end(folder, found, whole_folder, expected):
-    assert equal(found[1], expected[1])
-    assert vars(found[0]).keys() - {"history_bytes"} == vars(expected[0]).keys() - {"history_bytes"}
-    for name in ("step", "best", "best_step", "without_better", "dev", "stopped"):
-        assert getattr(found[0], name) == getattr(expected[0], name)
-    assert lines_without_speed(folder) == lines_without_speed(whole_folder)
-
-
-@pytest.mark.parametrize("place", [1, 2, 5, 6])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_ends(place, accumulate, tmp_path):
-    """Bit for bit, and interrupted twice."""
-    expected = fit_whole(tmp_path / "whole", accumulate=accumulate)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt, match="a checkpoint is saved"):
-            fit_whole(tmp_path / "stopped", stopping(source(), place), accumulate=accumulate)
-    found = fit_whole(tmp_path / "stopped", accumulate=accumulate)
-    assert_same_end(tmp_path / "stopped", found, tmp_path / "whole", expected)
-
-
-@pytest.mark.parametrize("dies_at", [1, 3, 4])
-def test_a_run_that_died_goes_on_from_its_last_checkpoint(dies_at, tmp_path):
-    """Without warning: lines of the log after the checkpoint are written again, not twice."""
-    settings = {"evaluate_every": 0.67, "checkpoint_every": 3}  # every 2 steps, every 3
-    expected = fit_whole(tmp_path / "whole", **settings)
-    with pytest.raises(MemoryError):
-        fit_whole(tmp_path / "died", dies_at=dies_at, **settings)
-    assert history(tmp_path / "died")[-1]["step"] == 2 * dies_at
-    found = fit_whole(tmp_path / "died", **settings)
-    assert_same_end(tmp_path / "died", found, tmp_path / "whole", expected)
-    keys = [(line["step"], "dev/MAP" in line) for line in history(tmp_path / "died")]
-    assert len(keys) == len(set(keys)) and keys == sorted(keys)
-
-
-def mining(by="student", every=1):
-    return source(negatives=[NearestNegatives(by, 2, top=4, every=every, margin=0.0)])
-
-
-def lists_of(folder):
-    """What was mined for each epoch: the candidates of each query."""
-    paths = sorted((folder / "mined" / "negatives-0").iterdir())
-    return [pa.ipc.open_file(path).read_all()["row"].to_pylist() for path in paths]
-
-
-@pytest.mark.parametrize("every", [1, 2, None])
-@pytest.mark.parametrize("place", [1, 3, 4, 5, 8])  # of three in an epoch
-def test_a_run_with_mined_negatives_ends_where_an_uninterrupted_one_ends(place, every, tmp_path):
-    """The student has learnt since its lists were mined: they must be read, not mined again."""
-    expected = fit_whole(tmp_path / "whole", mining(every=every), checkpoint_every=1)
-    mined = lists_of(tmp_path / "whole")
-    assert len(mined) == {1: 4, 2: 2, None: 1}[every]
-    assert all(one != other for one, other in itertools.pairwise(mined))
-    with pytest.raises(KeyboardInterrupt, match="a checkpoint is saved"):
-        fit_whole(tmp_path / "stopped", stopping(mining(every=every), place), checkpoint_every=1)
-    found = fit_whole(tmp_path / "stopped", mining(every=every), checkpoint_every=1)
-    assert_same_end(tmp_path / "stopped", found, tmp_path / "whole", expected)
-    assert lists_of(tmp_path / "stopped") == mined
-    assert expected[0].step == 12 and not equal(expected[1], fit_whole(tmp_path / "none")[1])
-
-
-def test_a_run_that_died_after_mining_goes_on_from_before_it(tmp_path):
-    """Its newest checkpoint is of the epoch before; figures of the lists are logged once."""
-    settings = {"evaluate_every": 0.34, "checkpoint_every": 2}
-    expected = fit_whole(tmp_path / "whole", mining(), **settings)
-    with pytest.raises(MemoryError):  # after step 5, of the second epoch; saved at step 4
-        fit_whole(tmp_path / "died", mining(), dies_at=5, **settings)
-    found = fit_whole(tmp_path / "died", mining(), **settings)
-    assert_same_end(tmp_path / "died", found, tmp_path / "whole", expected)
-    figures = [line for line in history(tmp_path / "died") if "negatives[0]/rank" in line]
-    assert [(line["step"], line["epoch"]) for line in figures] == [(0, 0.0), (3, 1.0), (6, 2.0), (9, 3.0)]
-    assert {"negatives[0]/too close", "negatives[0]/score", "learning_rate"} <= set(figures[0])
-
-
-def test_lists_that_a_run_needs_to_go_on_must_be_there(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        fit_whole(tmp_path, stopping(mining(), 5), checkpoint_every=1)
-    (tmp_path / "mined" / "negatives-0" / "epoch-0001.arrow").unlink()
-    with pytest.raises(DataError, match=r"data.negatives\[0\]: .*epoch-0001.arrow is missing"):
-        fit_whole(tmp_path, mining())
-
-
-def test_a_frozen_teacher_mines_once_and_batches_hold_what_it_found(tmp_path):
-    made, given = graph(), mining("teacher", every=None)
-    seen = []
-    batch = given.batch
-    given.batch = lambda epoch, step: seen.append(batch(epoch, step)) or seen[-1]
-    trainer(tmp_path, made, given).fit()
-    (found,) = lists_of(tmp_path)
-    listed = judged().listed.tolist()
-    brought = 0
-    for it in seen:
-        for query, index, mask in zip(it.query_ids.tolist(), it.index, it.mask, strict=True):
-            rows = set(it.candidate_ids[index[mask]].tolist())
-            assert rows <= set(listed[query]) | set(found[query])
-            brought += len(rows - set(listed[query]))
-    assert brought > 5
-
-
-def test_the_second_ctrl_c_ends_at_once(tmp_path):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    made = source()
-    batch = made.batch
-
-    def stopped(epoch, step):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        return batch(epoch, step)
-
-    made.batch = stopped
-    with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path, given=made).fit()
-    assert latest(tmp_path / "checkpoints") is None
-    with pytest.raises(KeyboardInterrupt):  # the handlers of before are back
-        signal.raise_signal(signal.SIGINT)
-
-
-def test_only_the_newest_checkpoint_is_kept(tmp_path):
-    trainer(tmp_path, checkpoint_every=1).fit()
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
-
-
-def test_a_finished_training_is_not_repeated(tmp_path):
-    first = graph()
-    trainer(tmp_path, first).fit()
-    before = (tmp_path / "history.jsonl").read_bytes()
-    made = source()
-    made.batch = lambda epoch, step: 1 / 0
-    again = graph()
-    assert trainer(tmp_path, again, made).fit().step == 6
-    assert equal(weights(again), weights(first))
-    assert (tmp_path / "history.jsonl").read_bytes() == before
 
 
 # what is said
