@@ -152,7 +152,7 @@ def median(values: Sequence[float], digits: int = 3) -> float:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures depend on besides the code."""
-    from distill.run import environment
+    from distill.one_run import environment
 
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []

@@ -26,8 +26,9 @@ MODELS = {
 
 def measure(cs: list[float], seeds: list[int]) -> dict:
     """Test AUC [c][seed] of each model."""
+    from distill.one_run import environment
     from distill.recipe import load_recipe
-    from distill.run import Runs, environment
+    from distill.run import Runs
 
     found: dict = {"recipe": "recsys/simulated", "metric": "AUC", "c": cs, "seeds": seeds}
     found |= {model: [] for model in MODELS} | {"environment": environment()}

@@ -34,9 +34,10 @@ STUDY = re.compile(
 
 def run(recipe: str, seeds: list[int], overrides: list[str], variant: str, also: str | None = None) -> None:
     """Run one recipe for each seed and keep what it measured, ``also`` what it kept on another split."""
+    from distill.one_run import environment
     from distill.open import open_model
     from distill.recipe import load_recipe
-    from distill.run import Runs, environment
+    from distill.run import Runs
 
     name = _name(recipe, variant)
     for seed in seeds:

@@ -22,9 +22,10 @@ from distill.errors import Mistakes, RecipeError, RunError, UserError
 from distill.hub.files import atomic_write_text, read_json
 from distill.jobs import Job, run_jobs
 from distill.lock import only_run_in
+from distill.one_run import FINISHED, environment
 from distill.plan import Plan, heard_by
 from distill.processes import from_first, is_first, world
-from distill.run import FINISHED, Runs, as_yaml, environment
+from distill.run import Runs, as_yaml
 from distill.settings import Recipe, Study
 from distill.study import Cell, cells_of, compared_with, has_own_steps, metrics_of, recipes_of
 from distill.study_plot import plot

@@ -16,10 +16,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from distill.hub.files import read_json
+from distill.one_run import FINISHED
 from distill.recipe import read_yaml
 from distill.settings import Recipe
 
-FINISHED = "metrics.json"  # a run writes it last
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
 OF_ITS_OWN = {"name", "baseline", "baseline_train", "search"}  # keys that change no kept model

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from distill.equal_runs import EqualRuns
+from distill.one_run import environment
 from distill.recipe import check_recipe
-from distill.run import as_yaml, environment
+from distill.run import as_yaml
 
 
 def recipe(**changes):

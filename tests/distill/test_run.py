@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill import run as run_module
 from distill.data import Groups
 from distill.errors import RecipeError
 from distill.evaluation import evaluate_model
+from distill.one_run import OneRun
 from distill.recipe import check_recipe, read_yaml
 from distill.results import results
-from distill.run import Runs
+from distill.run import Runs, as_yaml
 from distill.settings import BaselineTrain
 from distill.trainer import Trainer
 from students import BiEncoder
@@ -297,15 +297,15 @@ def test_overwriting_begins_anew(small, tmp_path, monkeypatch):
 def test_what_an_interrupted_run_did_is_kept(document, tmp_path, trainings, monkeypatch):
     """Stopped after its trainings, before its measures were written: it goes on, and trains no step again."""
     recipe = recipe_of(document, search=[])
-    write = run_module._Run._write
+    write = OneRun._write
 
     def stopped(self, *arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module._Run, "_write", stopped)
+    monkeypatch.setattr(OneRun, "_write", stopped)
     with pytest.raises(KeyboardInterrupt):
         Runs(tmp_path).run(recipe)
-    monkeypatch.setattr(run_module._Run, "_write", write)
+    monkeypatch.setattr(OneRun, "_write", write)
     folder = tmp_path / "group" / "mine"
     history = (folder / "history.jsonl").read_bytes()
     saved = (folder / "student" / "model.safetensors").read_bytes()
@@ -323,7 +323,7 @@ def test_what_an_interrupted_run_did_is_kept(document, tmp_path, trainings, monk
 
 
 def written(recipe, path):
-    path.write_text(run_module.as_yaml(recipe))
+    path.write_text(as_yaml(recipe))
     return str(path)
 
 
@@ -464,5 +464,5 @@ def test_a_stored_recipe_says_what_was_said(tmp_path_factory, arguments):
     parts = {"models": {"student": arguments}, "losses": {"a": {}}, "data": {"type": "x", "more": arguments}}
     recipe = check_recipe({"name": "x", **parts}, "")
     path = tmp_path_factory.mktemp("yaml") / "recipe.yaml"
-    path.write_text(run_module.as_yaml(recipe), encoding="utf-8")
+    path.write_text(as_yaml(recipe), encoding="utf-8")
     assert read_yaml(path) == recipe.model_dump(mode="json")
