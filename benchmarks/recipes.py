@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import re
 import shutil
 import statistics
@@ -34,14 +35,13 @@ STUDY = re.compile(
 
 def run(recipe: str, seeds: list[int], overrides: list[str], variant: str, also: str | None = None) -> None:
     """Run one recipe for each seed and keep what it measured, ``also`` what it kept on another split."""
-    from distill.one_run import environment
     from distill.open import open_model
     from distill.recipe import load_recipe
     from distill.run import Runs
 
     name = _name(recipe, variant)
     for seed in seeds:
-        own = not overrides and seed == load_recipe(recipe).train.seed  # the run that other recipes ask for
+        own = name == recipe and not overrides and seed == load_recipe(recipe).train.seed  # others ask for it
         own_name = [] if own else [f"train.seed={seed}", f"name={name}-seed{seed}"]
         loaded = load_recipe(recipe, [*overrides, *own_name])
         folder = Runs().run(loaded)
@@ -52,7 +52,7 @@ def run(recipe: str, seeds: list[int], overrides: list[str], variant: str, also:
             "overrides": overrides,
             "seed": seed,
             "command": " ".join(["distill run", recipe, *overrides, *own_name]),
-            "environment": environment(),
+            "environment": json.loads((folder / "environment.json").read_text()),
             **{key: metrics[key] for key in KEPT if key in metrics},
         }
         if also:
@@ -84,7 +84,8 @@ def compare(recipe: str, seeds: list[int], variant: str) -> None:
     metric = next(iter(measured[0]["models"][keep]["metrics"]))
     frames = [pd.read_parquet(folder / "per_query.parquet") for folder in folders]
     sides = [[frame[frame["model"] == model] for frame in frames] for model in ("baseline", keep)]
-    found = compare_trainings(*sides, metric)
+    if (found := compare_trainings(*sides, metric)) is None:
+        raise SystemExit(f"{metric} has no value per query, and is no metric of pairs that can be tested")
     result = {"metric": metric, "seeds": seeds, "of": unit(sides[0][0]), **found._asdict()}
     known = _with_known_answer(recipe)
     if known is not None and 0 < sum(known.values()) < len(known):
@@ -101,12 +102,15 @@ def compare(recipe: str, seeds: list[int], variant: str) -> None:
 def _with_known_answer(recipe: str) -> dict[str, bool] | None:
     """By test query, whether an answer of its is that of a train query; None: they search other tables."""
     from distill.build import Builder
+    from distill.plan import split_to_measure
     from distill.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     data = Builder().data(loaded)
-    part = data[loaded.evaluate.data or next(iter(data))]
-    train, test = part.split("train"), part.split(loaded.evaluate.split)
+    if (measured := split_to_measure(loaded, data)) is None:
+        return None
+    part = data[measured[0]]
+    train, test = part.split("train"), part.split(measured[1])
     if not hasattr(test, "positives") or train.candidates is not test.candidates:
         return None
     known = set(train.positives.values.tolist())
@@ -158,6 +162,7 @@ def _of_recipes() -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for (recipe, variant), results in sorted(groups.items()):
+        name = _name(recipe, variant)
         metric = next(iter(results[0]["models"][results[0]["keep"]]["metrics"]))
 
         def of(model: str, results=results, metric=metric) -> list[float]:
@@ -177,7 +182,7 @@ def _of_recipes() -> list[str]:
             str(len(results)),
             _spread(of("baseline")) if has_baseline else "-",
             _spread(of(keep)),
-            _difference(recipe, variant, metric),
+            _difference(name, metric, of(keep), of("baseline") if has_baseline else []),
             ", ".join(f"{n} {_spread(of(n))}" for n in [*teachers, *results[0].get("references", {})]) or "-",
             closed,
         ]
@@ -195,14 +200,15 @@ def _name(recipe: str, variant: str) -> str:
     return f"{recipe}-{variant}".rstrip("-").replace(" ", "_")
 
 
-def _difference(recipe: str, variant: str, metric: str) -> str:
-    """What ``compare`` found, if it was asked."""
-    path = COMPARED / f"{_name(recipe, variant).replace('/', '.')}.json"
+def _difference(name: str, metric: str, taught: list[float], alone: list[float]) -> str:
+    """What ``compare`` found of these results, if it was asked."""
+    path = COMPARED / f"{name.replace('/', '.')}.json"
     if not path.exists():
         return "-"
     c = json.loads(path.read_text())
-    if c["metric"] != metric:
-        raise ValueError(f"{path} compares {c['metric']}, not {metric}: compare the seeds again")
+    difference = statistics.mean(taught) - statistics.mean(alone)
+    if c["metric"] != metric or not math.isclose(c["difference"], difference, abs_tol=1e-9):
+        raise SystemExit(f"{path} compares other results than these; `compare` the seeds again")
     return f"{c['difference']:+.4f} ({c['low']:+.4f} to {c['high']:+.4f}), {c['p_value']:.2g}"
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,17 +134,16 @@ class Ablation:
             finished = self.finished(cells)
             waiting = [cell for cell in cells if cell.recipe.name not in finished]
             log.info("%s: %d cells, %d are finished", self.study.name, len(cells), len(finished))
-            for name, folder in finished.items():
-                if folder != self.runs.folder / name:
-                    log.info("%s: %s is a run of the same, and is taken for it", name, folder)
+            for name, folder in self.taken(finished).items():
+                log.info("%s: %s is a run of the same, and is taken for it", name, folder)
             for name in dict.fromkeys(name for cell in waiting for name in runs_in(cell.recipe.models)):
                 self.runs.model_of(name)
             clock = _Clock(len(waiting))
             if self.jobs == 1:
                 self._one_by_one(waiting, clock)
             elif waiting:
-                self._several(cells, waiting, clock)
-            return self._compare(cells)
+                self._several(cells, finished, waiting, clock)
+            return self._compare(cells, finished)
 
     def finished(self, cells: Sequence[Cell]) -> dict[str, Path]:
         """Cells that need not be trained, by name, and their folders: their own, or that of an equal run."""
@@ -154,10 +153,16 @@ class Ablation:
             if self.runs.is_finished(cell.recipe):
                 found[cell.recipe.name] = self.runs.folder / cell.recipe.name
             elif not self.runs.overwrite:
-                others = others or EqualRuns(self.runs.folder, environment())
-                if (equal := from_first(others.find(cell.recipe))) is not None:
+                if others is None and is_first():
+                    others = EqualRuns(self.runs.folder, environment())
+                equal = from_first(None if others is None else others.find(cell.recipe))
+                if equal is not None:
                     found[cell.recipe.name] = equal
         return found
+
+    def taken(self, finished: Mapping[str, Path]) -> dict[str, Path]:
+        """Those of the finished cells that lie elsewhere."""
+        return {name: folder for name, folder in finished.items() if folder != self.runs.folder / name}
 
     def _one_by_one(self, waiting: Sequence[Cell], clock: _Clock) -> None:
         for cell in waiting:
@@ -170,7 +175,9 @@ class Ablation:
                 self._fail(cell, str(error))
             clock.finished(cell, time.monotonic() - began)
 
-    def _several(self, cells: Sequence[Cell], waiting: Sequence[Cell], clock: _Clock) -> None:
+    def _several(
+        self, cells: Sequence[Cell], finished: Mapping[str, Path], waiting: Sequence[Cell], clock: _Clock
+    ) -> None:
         """Run cells in processes of their own; their teachers are asked before, none of them twice."""
         for first in {(cell.data, cell.variant): cell for cell in reversed(waiting)}.values():
             self.runs.scoring(first.recipe).fill()
@@ -178,10 +185,12 @@ class Ablation:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
         def room() -> int:
-            peaks = [peak for cell in cells if (peak := self._peak(cell)) is not None]
+            names = [cell.recipe.name for cell in cells]
+            folders = [finished.get(name, self.runs.folder / name) for name in names]
+            peaks = [peak for folder in folders if (peak := _peak(folder)) is not None]
             return min(self.jobs, int(memory / (max(peaks) * 1e6))) if peaks else 1
 
-        def finished(job: Job, code: int, seconds: float) -> None:
+        def ended(job: Job, code: int, seconds: float) -> None:
             if code:
                 self._fail(job.about, _last_line(job.log))
             clock.finished(job.about, seconds, room())
@@ -190,7 +199,7 @@ class Ablation:
             run_jobs(
                 [self._job(cell, Path(folder) / f"{place}.yaml") for place, cell in enumerate(waiting)],
                 room,
-                finished,
+                ended,
                 {
                     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // self.jobs)),
                     "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
@@ -205,27 +214,24 @@ class Ablation:
         place = Path(cell.recipe.name).relative_to(self.study.name)
         return Job(command, self.folder / "logs" / f"{'-'.join(place.parts)}.txt", cell)
 
-    def _peak(self, cell: Cell) -> float | None:
-        """The most memory that a finished cell has held, in MB."""
-        path = self.runs.folder / cell.recipe.name / FINISHED
-        return read_json(path).get("cost", {}).get("peak_memory_mb") if path.exists() else None
-
     def _fail(self, cell: Cell, why: str) -> None:
         self.failed[str(cell)] = why
         log.warning("%s failed: %s", cell, why)
 
-    def _compare(self, cells: Sequence[Cell]) -> dict[str, Any]:
+    def _compare(self, cells: Sequence[Cell], finished: Mapping[str, Path]) -> dict[str, Any]:
         recipes, found = recipes_of(self.study), dict[tuple[str, str, int], Measured]()
-        finished = self.finished(cells)
         for cell in cells:
-            if str(cell) not in self.failed and cell.recipe.name in finished:
-                found[cell.data, cell.variant, cell.seed] = measured_in(finished[cell.recipe.name])
+            folder = finished.get(cell.recipe.name, self.runs.folder / cell.recipe.name)
+            if str(cell) not in self.failed and (folder / FINISHED).exists():
+                found[cell.data, cell.variant, cell.seed] = measured_in(folder)
         results = tabulate(
             self.study.name,
             {name: compared_with(self.study, name) for name in self.study.variants},
             {data: metrics_of(self.study, recipe) for data, recipe in recipes.plain.items()},
             found,
-        ) | {"seeds": self.study.seeds, "jobs": self.jobs, "failed": self.failed}
+        )
+        taken = {name: str(folder) for name, folder in self.taken(finished).items()}
+        results |= {"seeds": self.study.seeds, "jobs": self.jobs, "failed": self.failed, "taken": taken}
         if is_first():
             atomic_write_text(self.folder / RESULTS, json.dumps(results, indent=1) + "\n")
             text = markdown_table(*table(results), text_columns=2 + (len(results["data"]) > 1))
@@ -249,6 +255,12 @@ class _Clock:
         left = mean * (self.cells - done) / max(1, at_once)
         words = f", about {max(1, round(left / 60))} min left" if done < self.cells else ""
         log.info("%d of %d cells done (%s took %.0f s)%s", done, self.cells, cell, seconds, words)
+
+
+def _peak(folder: Path) -> float | None:
+    """The most memory that a finished run has held, in MB."""
+    path = folder / FINISHED
+    return read_json(path).get("cost", {}).get("peak_memory_mb") if path.exists() else None
 
 
 def _last_line(log: Path) -> str:

@@ -43,7 +43,7 @@ RUNS = Path("runs")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; ends in SystemExit, with the exit code."""
+    """Run the command; ends in SystemExit, with the exit code, or, one of several processes, at once."""
     app(args=None if argv is None else list(argv), prog_name="distill")
 
 
@@ -365,8 +365,10 @@ def _check_study(spec: str, overrides: Sequence[str], runs: Any) -> None:
     if several:
         header, rows = ["data", *header], [[plan.data, *row] for plan, row in zip(plans, rows, strict=True)]
     print_table(header, rows, text_columns=len(header) - 1)
-    finished = len(ablation.finished(cells))
-    print(f"{len(cells)} trainings, seeds {', '.join(map(str, study.seeds))}; {finished} are finished")
+    finished = ablation.finished(cells)
+    print(f"{len(cells)} trainings, seeds {', '.join(map(str, study.seeds))}; {len(finished)} are finished")
+    for cell, folder in ablation.taken(finished).items():
+        print(f"{cell} is taken from {folder}")
     costs = dict.fromkeys(
         f"{plan.data}: {line}" if several else line for plan in plans for line in plan.costs
     )

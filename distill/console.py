@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import logging
 import os
@@ -134,6 +135,7 @@ def one_voice() -> Iterator[None]:
             stack.enter_context(redirect_stderr(nowhere))
         yield
     processes.end()
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # all is done and written; threads of libraries abort now and then as an interpreter ends

@@ -2,7 +2,8 @@
 
 Two runs are equal if the same models heard the same data by the same losses for as many steps, and were
 measured on the same split; names, baselines and sample queries may differ. They must have been made with the
-same packages on the same kind of device, and after the models that they took from other runs.
+same packages on the same kind of device, and after the models that they took from other runs. Recipes are
+compared, not versions of this code, as where a finished run is called again.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from distill.errors import UserError
 from distill.hub.files import read_json
 from distill.one_run import FINISHED
 from distill.recipe import read_yaml
@@ -37,8 +40,8 @@ class EqualRuns:
         self.folder, self.environment = folder, _that_matters(environment)
         self._found: dict[str, list[tuple[Path, bool]]] = {}  # and whether teachers were measured
         for run in _finished(folder):
-            recipe = _recipe_of(run)
-            if recipe is not None and recipe.train.minutes is None:  # whose steps depend on the clock
+            with suppress(UserError, ValidationError, LookupError, OSError):  # of another time, or damaged
+                recipe = Recipe.model_validate(read_yaml(run / RECIPE))
                 key = trained_and_measured(recipe, read_json(run / FINISHED)["steps"])
                 self._found.setdefault(key, []).append((run, recipe.evaluate.teachers))
 
@@ -47,7 +50,7 @@ class EqualRuns:
         assert recipe.train.steps is not None
         for run, teachers in self._found.get(trained_and_measured(recipe, recipe.train.steps), ()):
             measures = teachers or not recipe.evaluate.teachers
-            if measures and self._is_of_today(run, recipe) and run != self.folder / recipe.name:
+            if measures and self._is_of_today(run, recipe):
                 return run
         return None
 
@@ -65,7 +68,7 @@ def trained_and_measured(recipe: Recipe, steps: int) -> str:
     said["train"] |= {"steps": steps, "epochs": None}
     for key in ("teachers", "references"):  # are measured beside it
         said["evaluate"].pop(key)
-    return json.dumps(said, sort_keys=True)
+    return json.dumps([list(recipe.data_sets), said], sort_keys=True)  # data sets take turns in their order
 
 
 def runs_in(node: Any) -> Iterator[str]:
@@ -83,14 +86,6 @@ def _finished(folder: Path) -> Iterator[Path]:
             below.clear()
             yield Path(path)
         below.sort()
-
-
-def _recipe_of(run: Path) -> Recipe | None:
-    """The recipe of a run; None: it has none, or one of another time."""
-    try:
-        return Recipe.model_validate(read_yaml(run / RECIPE)) if (run / RECIPE).exists() else None
-    except ValidationError:
-        return None
 
 
 def _that_matters(environment: Mapping[str, Any]) -> dict[str, Any]:

@@ -244,5 +244,6 @@ def as_yaml(settings: Recipe | Study) -> str:
     stream = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
+    yaml.representer.sort_base_mapping_type_on_output = False  # batches come in the order of the data sets
     yaml.dump(settings.model_dump(mode="json"), stream)
     return stream.getvalue()

@@ -45,7 +45,7 @@ def measured_in(folder: Path) -> Measured:
         frame[frame["model"] == keep].reset_index(drop=True),
         said.get("cost", {}),
         models[keep].get("queries_per_second"),
-        {name: entry.get("metrics", {}) for name, entry in models.items() if name != keep},
+        {name: e.get("metrics", {}) for name, e in models.items() if name not in (keep, "baseline")},
     )
 
 

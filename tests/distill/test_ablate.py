@@ -15,6 +15,7 @@ import torch
 
 from distill.cli import main
 from distill.evaluation import compare
+from distill.recipe import read_yaml
 from distill.run import Runs
 from distill.trainer import Trainer
 from teachers import CrossEncoder
@@ -279,11 +280,27 @@ def test_a_cell_that_was_trained_elsewhere_is_not_trained_again(here, monkeypatc
     first = json.loads((here.runs / "earlier/results.json").read_text())["data"]
     seen = watch(monkeypatch)
     assert "4 trainings, seeds 1, 2; 2 are finished" in here("check").out
+    assert "mine/study/taught/seed1 is taken from" in here("check").out
     done = here("ablate", "seeds=[1]")
     assert done.code == 0 and seen == [] and here.results["data"] == first
     assert "mine/study/taught/seed1: " in done.err and "is a run of the same, and is taken for it" in done.err
+    assert here.results["taken"].keys() == {"mine/study/alone/seed1", "mine/study/taught/seed1"}
     assert here("ablate", "seeds=[1]", "--overwrite").code == 0
     assert [one.name for one in seen] == ["alone/seed1", "taught/seed1"]
+
+
+def test_a_run_with_a_baseline_is_taken_without_it(here, monkeypatch):
+    """And what a cell leaves names its data sets in the order in which it heard them."""
+    here.study["variants"]["whole"] = {}
+    (here.folder / "tiny.yaml").write_text(json.dumps(here.recipe))
+    all_runs = Runs(here.runs)
+    all_runs.run(all_runs.load(here.folder / "tiny.yaml"))
+    seen = watch(monkeypatch)
+    assert here("ablate", "seeds=[1]").code == 0
+    assert [one.name for one in seen] == ["alone/seed1", "taught/seed1"]
+    assert list(here.results["taken"]) == ["mine/study/whole/seed1"]
+    assert here.results["data"][""]["teachers"] == []
+    assert list(read_yaml(here.runs / "mine/study/taught/seed1/recipe.yaml")["data"]) == ["lists", "texts"]
 
 
 def test_a_cell_that_fails_is_told_and_the_others_are_compared(here, monkeypatch):

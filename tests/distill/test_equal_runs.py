@@ -66,7 +66,7 @@ def test_an_equal_run_is_found_whatever_its_name_and_baseline(runs, same):
     "other",
     [
         {"train": {"steps": 20, "seed": 2}},
-        {"train": {"minutes": 1, "epochs": 3}},  # 20 steps, but it planned more
+        {"train": {"minutes": 1, "epochs": 3}},
         {"evaluate": {"metrics": ["MAP"], "split": "dev", "teachers": False}},
         {"losses": {"scores": {"type": "distill.objectives.RankNet", "from": "teacher", "to": "student"}}},
         {"data": {"type": "distill.data.Groups", "path": "lists", "train": "more.jsonl"}},
@@ -102,4 +102,15 @@ def test_what_is_not_finished_or_not_of_today_is_passed_over(runs):
     (runs / "a/metrics.json").unlink()
     leave(runs / "b", recipe(name="b"), 2000)
     (runs / "b/recipe.yaml").write_text("name: b\nlosess: {}\n")
+    leave(runs / "c", recipe(name="c"), 2000)
+    (runs / "c/recipe.yaml").write_text("name: [")
+    leave(runs / "d", recipe(name="d"), 2000)
+    (runs / "d/metrics.json").write_text("{")
     assert found(runs) is None
+
+
+def test_data_sets_in_another_order_are_other_batches(runs):
+    one = {"type": "distill.data.Groups", "path": "lists", "train": "train.jsonl"}
+    leave(runs / "a", recipe(name="a", data={"x": one, "y": one}), 2000)
+    assert found(runs, recipe(data={"x": one, "y": one})) == Path("a")
+    assert found(runs, recipe(data={"y": one, "x": one})) is None

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from distill.equal_runs import OF_ITS_OWN
 from distill.errors import RecipeError
 from distill.recipe import load_recipe, study_names
 from distill.run import Runs
@@ -244,6 +245,7 @@ MEASURED_BY = {  # whose figure in recipes/README.md is that of a study's varian
 @pytest.mark.parametrize("study", MEASURED_BY)
 def test_a_recipe_that_a_study_measures_is_the_studys_variant(study):
     variants = recipes_of(load_study(study)).variants
-    own = {"name", "baseline", "baseline_train", "search"}
     for recipe, variant in MEASURED_BY[study].items():
-        assert load_recipe(recipe).model_dump(exclude=own) == variants["", variant].model_dump(exclude=own)
+        assert load_recipe(recipe).model_dump(exclude=OF_ITS_OWN) == variants["", variant].model_dump(
+            exclude=OF_ITS_OWN
+        )
