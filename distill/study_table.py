@@ -278,6 +278,8 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
     )
     if results.get("jobs", 1) > 1:
         yield f"{results['jobs']} trainings ran at a time, which seconds and queries/s suffer from."
+    for cell, folder in results.get("taken", {}).items():
+        yield f"{cell} is the equal run that lies in {folder}."
     for cell, why in results.get("failed", {}).items():
         yield f"failed: {cell}: {why}"
 
