@@ -37,10 +37,12 @@ class EqualRuns:
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, Any]):
-        self.folder, self.environment = folder, _that_matters(environment)
+        self.folder = folder
         self._found: dict[str, list[tuple[Path, bool]]] = {}  # and whether teachers were measured
         for run in _finished(folder):
             with suppress(UserError, ValidationError, LookupError, OSError):  # of another time, or damaged
+                if _that_matters(read_json(run / ENVIRONMENT)) != _that_matters(environment):
+                    continue
                 recipe = Recipe.model_validate(read_yaml(run / RECIPE))
                 key = trained_and_measured(recipe, read_json(run / FINISHED)["steps"])
                 self._found.setdefault(key, []).append((run, recipe.evaluate.teachers))
@@ -50,13 +52,11 @@ class EqualRuns:
         assert recipe.train.steps is not None
         for run, teachers in self._found.get(trained_and_measured(recipe, recipe.train.steps), ()):
             measures = teachers or not recipe.evaluate.teachers
-            if measures and self._is_of_today(run, recipe):
+            if measures and self._is_later_than_its_models(run, recipe):
                 return run
         return None
 
-    def _is_of_today(self, run: Path, recipe: Recipe) -> bool:
-        if _that_matters(read_json(run / ENVIRONMENT, {})) != self.environment:
-            return False
+    def _is_later_than_its_models(self, run: Path, recipe: Recipe) -> bool:
         asked = [self.folder / name / FINISHED for name in runs_in(recipe.models)]
         made = (run / FINISHED).stat().st_mtime
         return all(path.exists() and path.stat().st_mtime < made for path in asked)

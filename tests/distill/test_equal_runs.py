@@ -106,6 +106,8 @@ def test_what_is_not_finished_or_not_of_today_is_passed_over(runs):
     (runs / "c/recipe.yaml").write_text("name: [")
     leave(runs / "d", recipe(name="d"), 2000)
     (runs / "d/metrics.json").write_text("{")
+    leave(runs / "e", recipe(name="e"), 2000)
+    (runs / "e/environment.json").write_text("{")
     assert found(runs) is None
 
 
