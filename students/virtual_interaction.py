@@ -165,17 +165,17 @@ class VirtualInteraction(OverTexts):
 
     def compare(self, outputs: Outputs, batch: Batch, needs: Needs) -> Outputs:
         rows, places = batch.mask.nonzero(as_tuple=True)
-        logits = self._logits(outputs, rows, batch.index[rows, places])
+        logits = self._logits(outputs, batch, rows, batch.index[rows, places])
         if "classes" in needs:
             outputs = outputs.with_(classes=batch.spread(logits))
         if "scores" in needs:
             outputs = outputs.with_(scores=batch.spread(self._scores(logits)))
         return outputs
 
-    def _logits(self, said: Outputs, queries: Tensor, candidates: Tensor) -> Tensor:
-        """Logits [n, C] of n pairs, given as rows of queries [n] and of candidates [n]."""
-        u, real_u = self._placed(said, 0, queries)
-        v, real_v = self._placed(said, 1, candidates)
+    def _logits(self, said: Outputs, batch: Batch, queries: Tensor, candidates: Tensor) -> Tensor:
+        """Logits [n, C] of n pairs, given as rows of the batch's queries [n] and candidates [n]."""
+        u, real_u = self._placed(said, batch, 0, queries)
+        v, real_v = self._placed(said, batch, 1, candidates)
         read_u, read_v = u[0], v[0]
         if self.interaction:
             read_u, read_v = interact((u[0], u[1]), (v[0], v[1]), (real_u, real_v))
@@ -187,14 +187,16 @@ class VirtualInteraction(OverTexts):
         )
         return self.heads["classifier"](self.dropout(fused(u_mean, v_mean, self.square)))
 
-    def _placed(self, said: Outputs, side: int, rows: Tensor) -> tuple[list[Tensor], Tensor]:
+    def _placed(self, said: Outputs, batch: Batch, side: int, rows: Tensor) -> tuple[list[Tensor], Tensor]:
         """Hidden states [n, T, D], attention [n, T, 2, H, d] of rows of a side; which tokens are real."""
         tokens = getattr(said, READ[side]).select(rows)
         length = tokens.longest()
         hidden, real = tokens.placed(length)
         if len(empty := (~real.any(dim=1)).nonzero()[:, 0]):
+            where = f"data set '{batch.source}': " if batch.source else ""
+            which = int((batch.query_ids, batch.candidate_ids)[side][rows[empty[0]]])
             raise DataError(
-                f"the {('query', 'candidate')[side]} in row {int(rows[empty[0]])} of a batch has no token, "
+                f"{where}{('query', 'candidate')[side]} {which} (of the distinct texts, from 0) has no token, "
                 f"so there is nothing to attend to. Remove empty texts."
             )
         if not self.interaction:
@@ -221,7 +223,7 @@ class VirtualInteraction(OverTexts):
             with serving_autocast(self):
                 said = self.represent(batch, Needs("classes"))
             for rows in torch.arange(len(q)).split(AT_ONCE):
-                logits = self._logits(said, q[rows].to(self.device), c[rows].to(self.device))
+                logits = self._logits(said, batch, q[rows].to(self.device), c[rows].to(self.device))
                 scores.append((logits if self.classes > 2 else self._scores(logits)).cpu())
         self.train(learning)
         return torch.cat(scores) if scores else torch.zeros(0)

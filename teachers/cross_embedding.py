@@ -110,8 +110,8 @@ class CrossEmbedding(ReadsPairs):
         ):
             if len(empty := (texts.lengths == 0).nonzero()[:, 0]):
                 raise DataError(
-                    f"data set '{batch.source}': the {side} in row {int(ids[empty[0]])} has no token, so "
-                    f"there is nothing to take the mean of. Remove empty texts."
+                    f"data set '{batch.source}': {side} {int(ids[empty[0]])} (of its distinct texts, from 0) "
+                    f"has no token, so there is nothing to take the mean of. Remove empty texts."
                 )
         joint = self._joint(queries, candidates)  # [2, n, D]
         said = batch.spread

@@ -6,12 +6,14 @@ reference, to whoever listens, and lets the kernel do the work: no second forwar
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -102,52 +104,72 @@ def listening(backbone: Any, layers: Sequence[int]) -> Iterator[list[Heard]]:
     found += [listener.heard[layer % total] for layer in layers]
 
 
-def by_token(heard: Sequence[Heard], real: Tensor) -> list[Tensor]:
-    """Query and key of l layers, in turn, of each real token: 2 l of [t, H, d], the queries scaled.
+def by_place(heard: Sequence[Heard]) -> Iterator[Tensor]:
+    """Query and key of l layers, in turn, at each of the n * T places of a chunk: 2 l of [n * T, H, d].
 
-    Grouped keys are repeated, so that each head of queries has its own.
+    The queries are scaled; grouped keys are repeated, so that each head of queries has its own.
+    """
+    for query, key, scale in heard:
+        groups = query.shape[1] // key.shape[1]
+        queries, keys = (x.transpose(1, 2).flatten(0, 1) for x in (query, key))
+        yield queries * scale
+        yield keys.repeat_interleave(groups, dim=1) if groups > 1 else keys
+
+
+def side_by_side(heard: Sequence[Heard], real: Tensor) -> Tensor:
+    """Queries and keys of l layers of each real token: [t, l, 2, H, d].
 
     Args:
         heard: Of each layer.
         real: The places [t] of the real tokens among the n * T of the chunk.
     """
-
-    def rows(x: Tensor) -> Tensor:
-        return x.transpose(1, 2).flatten(0, 1).index_select(0, real)
-
-    said = []
-    for query, key, scale in heard:
-        groups = query.shape[1] // key.shape[1]
-        scaled = rows(query) * scale if torch.is_grad_enabled() else rows(query).mul_(scale)
-        said += [scaled, rows(key).repeat_interleave(groups, dim=1) if groups > 1 else rows(key)]
-    return said
-
-
-def side_by_side(said: Sequence[Tensor]) -> Tensor:
-    """What ``by_token`` says, as one: [t, l, 2, H, d]."""
-    return torch.stack([*said], dim=1).unflatten(1, (len(said) // 2, 2))
+    said = [x.index_select(0, real) for x in by_place(heard)]
+    return torch.stack(said, dim=1).unflatten(1, (len(heard), 2))
 
 
 class InPlace:
-    """What ``by_token`` says of n tokens by chunks, from any thread, each at once in its place: no gradient.
+    """What ``side_by_side`` says of n tokens, by chunks, from any thread, each at once in its place: no gradient.
 
     Nothing of it is held twice: touching so much memory for the first time takes as long as filling it.
     """
 
     def __init__(self, n: int):
         self.n, self.lock = n, threading.Lock()
-        self.rows: Tensor | None = None  # [n, l, 2, H, d]
+        self.rows: Tensor | None = None  # [n + 1, 2 l, H, d], the last row for padding
 
-    def put(self, said: Sequence[Tensor], places: Tensor) -> None:
+    def put(self, heard: Sequence[Heard], real: Tensor, places: Tensor) -> None:
+        """Of the ``real`` tokens [t] among those of the chunk, at their ``places`` [t] among the n."""
+        n, _, length, _ = heard[0][0].shape
+        to = torch.full((n * length,), self.n, device=real.device).index_copy_(0, real, places)
+        for column, values in enumerate(by_place(heard)):
+            rows = self._rows(2 * len(heard), values)
+            if values.device.type == "cpu":  # in a third of torch's time
+                _cells(rows)[to.numpy(), column] = _cells(values)
+            else:
+                rows[:, column].index_copy_(0, to, values)
+
+    def _rows(self, columns: int, like: Tensor) -> Tensor:
         with self.lock:
             if self.rows is None:
-                self.rows = said[0].new_empty(self.n, len(said) // 2, 2, *said[0].shape[1:])
-        columns = _wide(self.rows.view(self.n, len(said), -1))
-        for column, values in enumerate(said):
-            values = _wide(values.flatten(1))
-            columns[:, column].scatter_(0, places[:, None].expand_as(values), values)
+                self.rows = _empty(self.n + 1, columns, like=like)
+            return self.rows
+
+    def said(self) -> Tensor:
+        """[n, l, 2, H, d]."""
+        assert self.rows is not None
+        return self.rows[:-1].unflatten(1, (-1, 2))
 
 
-def _wide(values: Tensor) -> Tensor:
-    """The same bytes as fewer, wider numbers: they are only moved."""
-    return values.view(torch.int64) if values.shape[-1] * values.element_size() % 8 == 0 else values
+def _empty(*shape: int, like: Tensor) -> Tensor:
+    """Of cells alike; from numpy on a CPU, which takes large memory in large pages."""
+    shape = (*shape, *like.shape[1:])
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    size = math.prod(shape) * like.element_size()
+    return torch.from_numpy(np.empty(size, np.uint8)).view(like.dtype).view(shape)
+
+
+def _cells(x: Tensor) -> np.ndarray:
+    """The last two axes [H, d] as one piece of memory each."""
+    raw = x.reshape(*x.shape[:-2], -1).view(torch.uint8).numpy()
+    return raw.view(np.dtype((np.void, raw.shape[-1])))[..., 0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distill.batch import Ragged
 from distill.errors import RecipeError
 from distill.hub.checkpoint import position_limit
-from distill.nn.attention import InPlace, by_token, can_listen, listening, side_by_side, use_attention
+from distill.nn.attention import InPlace, can_listen, listening, side_by_side, use_attention
 from distill.nn.cpu_serving import serving_copy
 from distill.nn.cpu_streams import in_streams, learn_in_streams, stream_count
 from distill.nn.cpu_training import prepare_for_cpu
@@ -146,11 +146,11 @@ class TextEncoder(nn.Module):
             if layers:
                 with listening(backbone, layers) as heard:
                     output = backbone(**given)
-                parts = by_token(heard, mask.flatten().nonzero()[:, 0])
+                real = mask.flatten().nonzero()[:, 0]
                 if placed is None:
-                    said["attention"] = side_by_side(parts)
+                    said["attention"] = side_by_side(heard, real)
                 else:
-                    placed.put(parts, tokens_of.select(chunk[0]).values.to(device))
+                    placed.put(heard, real, tokens_of.select(chunk[0]).values.to(device))
             else:
                 output = backbone(**given)
             with torch.autocast(mask.device.type, enabled=False):
@@ -167,7 +167,7 @@ class TextEncoder(nn.Module):
         if layers or tokens:
             by_text = tokens_of.select(order).values.argsort().to(device)
             back |= {name: by_text for name in (*(tokens or {}), *(["attention"] if layers else []))}
-        found = {} if placed is None or placed.rows is None else {"attention": placed.rows}
+        found = {} if placed is None else {"attention": placed.said()}
         return found | {
             name: torch.cat([p[name] for p in parts]).index_select(0, at)
             for name, at in back.items()

@@ -39,8 +39,9 @@ class AttentionObjective(Objective):
         layers: ``all``: each layer teaches its like; ``last``; or which: [layer, ...] on both sides, or
             [[student's, teacher's], ...]. Negative ones count from the top.
         heads: ``each`` head teaches its like; ``mean``: maps are averaged over heads first.
-        official: Average over padded rows and columns too, as the authors' code does, where they lessen
-            the loss of short texts. Their padding is read by the model; ours is not, and differs by nothing.
+        official: Average over padded rows and columns too, as the authors' code does: up to the longest
+            texts of the batch, so that a short one's loss is less. Their padding is read by the model; ours
+            is not, and differs by nothing.
         first: Of how many listed candidates, from the first; None: of all.
         by_tokens: The student's blocks are products of token vectors, divided by this temperature, not of
             queries and keys; the teacher's maps are averaged over heads.
@@ -112,7 +113,7 @@ class AttentionObjective(Objective):
             _there(query, x)[rows] & _there(there, x, 0),
             _there(candidate, y)[listed] & _there(there, y, 1),
         )
-        _check_tokens(masks, batch, rows, listed)
+        _check_tokens(masks, batch, rows, listed, punctuation=self.by_tokens is not None)
 
         def of_layers(below: int, above: int) -> Tensor:
             """The loss of each pair by one layer: [n]."""
@@ -124,7 +125,7 @@ class AttentionObjective(Objective):
             told = self._blocks(t.placed(x, 0)[0], t.placed(y, 1)[0], masks)
             return sum(
                 (
-                    self.between(one, two, *of)
+                    self.between(_filled(one, of[0]), _filled(two, of[0]), *of)
                     for one, two, of in zip(taught, told, (masks, masks[::-1]), strict=True)
                 ),
                 start=torch.zeros(len(rows), device=rows.device),
@@ -164,6 +165,11 @@ class AttentionObjective(Objective):
         return forth, back
 
 
+def _filled(block: Tensor, rows: Tensor) -> Tensor:
+    """Logits [n, H, R, C] that are alike for both models where a row [n, R] is not one that both have read."""
+    return block.masked_fill(~rows[:, None, :, None], 0.0)
+
+
 def log_map(logits: Tensor, columns: Tensor) -> Tensor:
     """Log-probabilities over the real columns [n, C] of each row of [n, H, R, C], in float32."""
     logits = logits.float()
@@ -198,14 +204,17 @@ def _check_rows(query: Tokens, candidate: Tokens, joint: Tokens, batch: Batch) -
         )
 
 
-def _check_tokens(masks: tuple[Tensor, Tensor], batch: Batch, rows: Tensor, listed: Tensor) -> None:
+def _check_tokens(
+    masks: tuple[Tensor, Tensor], batch: Batch, rows: Tensor, listed: Tensor, punctuation: bool
+) -> None:
     """Refuse a pair of which no token of a side is left: it has no block."""
     for side, mask in zip(("query", "candidate"), masks, strict=True):
         if len(gone := (~mask.any(dim=1)).nonzero()[:, 0]):
             row = int(gone[0])
             raise DataError(
                 f"Data set '{batch.source}': of query {int(batch.query_ids[rows[row]])} and candidate "
-                f"{int(batch.candidate_ids[listed[row]])} (rows of the data) no token of the {side} is left "
-                f"that student and teacher have both read. Raise max_length, or lower the teacher's "
-                f"query_max_length; remove empty texts."
+                f"{int(batch.candidate_ids[listed[row]])} (of its distinct texts, from 0) no token of the "
+                f"{side} is left that student and teacher have both read. Raise max_length, or lower the "
+                f"teacher's query_max_length; remove empty texts"
+                + (", and those of punctuation alone." if punctuation else ".")
             )

@@ -84,7 +84,7 @@ class GuidedSoftmax(Objective):
         self.temperature = temperature
         self.margin = margin
         self.relative_margin = relative_margin
-        self.across = in_batch
+        self.across, self.contrasts = in_batch, not in_batch
         self.field = field
 
     def count(self, batch: Batch) -> Tensor:

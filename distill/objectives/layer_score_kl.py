@@ -23,7 +23,11 @@ class LayerScoreKL(Objective):
     For each query k layers of each side are drawn, :math:`u_1 < \dots < u_k` and
     :math:`v_1 < \dots < v_k`, and a teacher's layer weighs more the more surely it finds the positive (mean
     over several; all alike where a query has none, or the data no labels). The paper draws and weighs once
-    a step, we for each query, by its row: so a step is the same on any number of processes.
+    a step, we for each query, by its row and those of the candidates that it lists this time: so a step is
+    the same on any number of processes, and a query whose list is always the same keeps its layers.
+
+    Both sides are encoders that give a vector (``students.BiEncoder``); the paper's other teachers, ColBERT
+    and a cross-encoder, have no scores by layer here.
 
     Widths and tokenizers need not agree, as scores alone are compared. Stands beside ``ScoreKL`` and a loss
     on labels, all of weight 1 in the paper.
@@ -81,8 +85,9 @@ class LayerScoreKL(Objective):
         sides = [said(one, "layer_scores").float() for one in (student, teacher)]
         for depth, scores in zip(self.depths, sides, strict=True):
             check_shapes(scores=scores, mask=batch.mask[..., None].expand(*batch.mask.shape, depth))
+        rows = batch.query_ids + 7919 * (batch.candidate_ids[batch.index] * batch.mask).sum(dim=1)
         taught, told = (
-            scores.gather(2, drawn(batch.query_ids, depth, k, side)[:, None].expand(-1, scores.shape[1], -1))
+            scores.gather(2, drawn(rows, depth, k, side)[:, None].expand(-1, scores.shape[1], -1))
             for side, (depth, scores) in enumerate(zip(self.depths, sides, strict=True))
         )
         mask = batch.mask[:, None].expand(-1, k, -1)  # [B, k, N]
@@ -104,7 +109,7 @@ class LayerScoreKL(Objective):
 
 
 def drawn(rows: Tensor, depth: int, k: int, side: int) -> Tensor:
-    """Which k of ``depth`` layers are taken for each of n queries, by their rows: [n, k], ascending."""
+    """Which k of ``depth`` layers are taken for each of n lists, by their numbers: [n, k], ascending."""
     layer = torch.arange(depth, device=rows.device)
     mixed = (rows[:, None] + 1) * 0x9E3779B97F4A7C1 + (layer * 2 + side + 1) * 0x5851F42D4C957F2D
     mixed = (mixed ^ (mixed >> 29)) * 0x3F58476D1CE4E5B9

@@ -1,5 +1,8 @@
 """VIRT's and Distilled-DualEncoder's losses: the worked example, and real transformers that read apart."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -155,7 +158,11 @@ def test_a_student_learns_by_it_in_the_graph(objective, tiny_bert):
 
 
 @pytest.mark.parametrize("text, side", [(0, "query"), (1, "candidate")])
-@pytest.mark.parametrize("objective", [AttentionMSE("last"), AttentionKL()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize(
+    "objective",
+    [AttentionMSE("last"), AttentionKL(), AttentionMSE("last", official=True), AttentionKL(official=True)],
+    ids=["mse", "kl", "official mse", "official kl"],
+)
 def test_tokens_that_only_one_has_read_are_left_out(objective, text, side, tiny_bert):
     """The end of a text that one of the two had no room for: as if neither had read it."""
     student, cross = ends(tiny_bert)
@@ -230,12 +237,19 @@ def test_heads_are_matched_or_averaged(tiny_bert):
     assert graph(batch_of(student))["arrow0"].loss.isfinite().all()
 
 
-def test_other_ids_are_refused_before_training(tiny_bert):
+def test_other_ids_are_refused_before_training(tiny_bert, tmp_path):
     """Another tokenizer, or the same behind a prompt: places would name other words."""
+    shutil.copytree(tiny_bert(), tmp_path / "swapped")
+    tokenizer = json.loads((path := tmp_path / "swapped" / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["heart"], words["river"] = words["river"], words["heart"]
+    path.write_text(json.dumps(tokenizer))
     _, cross = ends(tiny_bert)
     prompted = BiEncoder(tiny_bert(), precision="no", query_prompt="query ")
-    with pytest.raises(RecipeError, match="tokenizers or prompts differ"):
-        graph_of(prompted, cross, AttentionKL()).check()
+    swapped = BiEncoder(tmp_path / "swapped", precision="no")
+    for other in (prompted, swapped):
+        with pytest.raises(RecipeError, match="tokenizers or prompts differ"):
+            graph_of(other, cross, AttentionKL()).check()
 
 
 def test_a_text_with_no_token_left_is_named(tiny_bert):

@@ -74,6 +74,11 @@ def test_in_batch_the_guide_sees_every_candidate():
     assert student.grad[0, 2] == 0 and student.grad[1, 0] > 0
 
 
+def test_over_lists_of_positives_alone_it_would_learn_nothing():
+    """Which a run refuses beforehand; over a batch there are others."""
+    assert GuidedSoftmax(in_batch=False).contrasts and not GuidedSoftmax().contrasts
+
+
 def test_without_a_rival_nothing_is_lost():
     scores = torch.randn(1, 3, requires_grad=True)
     loss, count = listed(scores, [[0.1, 0.5, 0.9]])

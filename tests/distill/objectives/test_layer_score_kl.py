@@ -13,6 +13,7 @@ from distill.objectives.layer_score_kl import drawn
 from distill.outputs import Outputs
 
 B, N = 3, 4
+LISTED = {5: [0, 1, 2, 3], 9: [4, 5, 6], 77: [8, 9, 10, 11]}  # of a_batch: each query's candidates
 
 
 def made(layers, depths, **arguments) -> LayerScoreKL:
@@ -37,11 +38,12 @@ def test_it_is_the_formula():
     objective = made(2, (2, 6), temperature=0.5, teacher_temperature=2.0, evenness=1.5)
     loss, count = objective(student, teacher, batch)
     expected = np.zeros(B)
+    lists = torch.tensor([q + 7919 * sum(ids) for q, ids in LISTED.items()])
     for b in range(B):
         there = batch.mask[b].numpy()
         s, t = (one.layer_scores[b].numpy()[there] for one in (student, teacher))
         positive = batch.labels[b].numpy()[there] > 0
-        of_student, of_teacher = (drawn(batch.query_ids, d, 2, side)[b] for side, d in ((0, 2), (1, 6)))
+        of_student, of_teacher = (drawn(lists, d, 2, side)[b] for side, d in ((0, 2), (1, 6)))
         nll, kl = [], []
         for v, u in zip(of_student, of_teacher, strict=True):
             log_p, log_q = log_softmax(t[:, u] / 2.0), log_softmax(s[:, v] / 0.5)
@@ -52,7 +54,7 @@ def test_it_is_the_formula():
     assert count.tolist() == [1, 1, 1]
 
 
-def test_layers_are_drawn_by_the_query_alone_in_order_and_all_of_them_sometimes():
+def test_layers_are_drawn_by_the_list_alone_in_order_and_all_of_them_sometimes():
     rows = torch.arange(3000)
     for side in (0, 1):
         layers = drawn(rows, 6, 3, side)
@@ -62,6 +64,20 @@ def test_layers_are_drawn_by_the_query_alone_in_order_and_all_of_them_sometimes(
         assert torch.equal(drawn(rows[100:200], 6, 3, side), layers[100:200])
     assert not torch.equal(drawn(rows, 6, 3, 0), drawn(rows, 6, 3, 1))
     assert drawn(rows[:2], 3, 3, 0).tolist() == [[0, 1, 2]] * 2
+
+
+def test_a_query_that_lists_others_hears_other_layers():
+    """As it does in the next epoch: else it would learn from the same layers all along."""
+    scores = torch.randn(1, 1, 6, generator=torch.Generator().manual_seed(0)).expand(40, 5, 6)
+    scores = scores + torch.arange(5)[:, None] * torch.arange(1.0, 7)  # each layer says something else
+    batch = Batch.of_scores(40, 5)
+    other = dataclasses.replace(batch, candidate_ids=batch.candidate_ids + 1000)
+    objective = made(1, (6, 6))
+    one, same, two = (
+        objective(Outputs(layer_scores=torch.zeros(40, 5, 6)), Outputs(layer_scores=scores), b).loss
+        for b in (batch, batch, other)
+    )
+    assert torch.equal(one, same) and (one != two).float().mean() > 0.5
 
 
 def test_a_layer_that_finds_the_positive_weighs_more():
