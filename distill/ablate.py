@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import psutil
+import torch
 
 from distill.console import markdown_table
-from distill.equal_runs import EqualRuns, runs_in
+from distill.equal_runs import RECIPE, EqualRuns, made_again_since, runs_in
 from distill.errors import Mistakes, RecipeError, RunError, UserError
 from distill.hub.files import atomic_write_text, read_json
 from distill.jobs import Job, run_jobs
@@ -25,6 +28,7 @@ from distill.lock import only_run_in
 from distill.one_run import FINISHED, environment
 from distill.plan import Plan, heard_by
 from distill.processes import from_first, is_first, world
+from distill.recipe import read_yaml
 from distill.run import Runs, as_yaml
 from distill.settings import Recipe, Study
 from distill.study import Cell, cells_of, compared_with, has_own_steps, metrics_of, recipes_of
@@ -90,6 +94,7 @@ class Ablation:
                 plans.append(self._described(plan, data, name, taken or 0))
         mistakes.report()
         cells = cells_of(study, recipes, {(plan.data, plan.variant): plan.steps for plan in plans})
+        cells = [self._as_begun(cell) for cell in cells]
         for cell in cells:
             with mistakes:
                 self.runs.is_finished(cell.recipe)
@@ -106,6 +111,14 @@ class Ablation:
                     mistakes.add(f"{where}: {line}")
                 known.add(line)
             return None
+
+    def _as_begun(self, cell: Cell) -> Cell:
+        """The cell, measuring teachers if its run does: which seed's runs do is no reason to train again."""
+        with suppress(UserError, LookupError, TypeError):
+            before = read_yaml(self.runs.folder / cell.recipe.name / RECIPE)["evaluate"]["teachers"]
+            evaluate = cell.recipe.evaluate.model_copy(update={"teachers": bool(before)})
+            return replace(cell, recipe=cell.recipe.model_copy(update={"evaluate": evaluate}))
+        return cell
 
     def _described(self, plan: Plan, data: str, name: str, steps: int) -> VariantPlan:
         heard = dict.fromkeys(arrow.tail for arrow in plan.graph.arrows if arrow.tail is not None)
@@ -136,6 +149,12 @@ class Ablation:
             log.info("%s: %d cells, %d are finished", self.study.name, len(cells), len(finished))
             for name, folder in self.taken(finished).items():
                 log.info("%s: %s is a run of the same, and is taken for it", name, folder)
+            for name, teachers in self.outdated(cells, finished).items():
+                log.warning(
+                    "%s was trained before %s was made again, and is compared with runs that heard the "
+                    "new one. Remove its folder to train it anew.",
+                    name, " and ".join(teachers),
+                )  # fmt: skip
             for name in dict.fromkeys(name for cell in waiting for name in runs_in(cell.recipe.models)):
                 self.runs.model_of(name)
             clock = _Clock(len(waiting))
@@ -160,6 +179,15 @@ class Ablation:
                     found[cell.recipe.name] = equal
         return found
 
+    def outdated(self, cells: Sequence[Cell], finished: Mapping[str, Path]) -> dict[str, list[str]]:
+        """Finished cells whose teachers were trained anew since, by name, and these."""
+        found = {}
+        for cell in cells:
+            folder = finished.get(cell.recipe.name)
+            if folder and (teachers := made_again_since(folder, cell.recipe, self.runs.folder)):
+                found[cell.recipe.name] = teachers
+        return found
+
     def taken(self, finished: Mapping[str, Path]) -> dict[str, Path]:
         """Those of the finished cells that lie elsewhere."""
         return {name: folder for name, folder in finished.items() if folder != self.runs.folder / name}
@@ -180,25 +208,29 @@ class Ablation:
     ) -> None:
         """Run cells in processes of their own; their teachers are asked before, none of them twice."""
         for first in {(cell.data, cell.variant): cell for cell in reversed(waiting)}.values():
-            self.runs.scoring(first.recipe).fill()
-        memory = self.memory * 1e9 if self.memory is not None else psutil.virtual_memory().available
+            with suppress(UserError, RunError):  # its own cells will fail of it, and be told
+                self.runs.scoring(first.recipe).fill()
+        room = _Room.free(self.jobs, self.memory)
+        for cell in cells:
+            room.learn(cell, finished.get(cell.recipe.name, self.runs.folder / cell.recipe.name))
+        at_once = 1
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-        def room() -> int:
-            names = [cell.recipe.name for cell in cells]
-            folders = [finished.get(name, self.runs.folder / name) for name in names]
-            peaks = [peak for folder in folders if (peak := _peak(folder)) is not None]
-            return min(self.jobs, int(memory / (max(peaks) * 1e6))) if peaks else 1
+        def fits(job: Job, running: Sequence[Job]) -> bool:
+            nonlocal at_once
+            at_once = max(1, len(running))
+            return room.holds([*(one.about for one in running), job.about])
 
         def ended(job: Job, code: int, seconds: float) -> None:
             if code:
-                self._fail(job.about, _last_line(job.log))
-            clock.finished(job.about, seconds, room())
+                self._fail(job.about, _why(code, job.log))
+            room.learn(job.about, self.runs.folder / job.about.recipe.name)
+            clock.finished(job.about, seconds, at_once)
 
         with tempfile.TemporaryDirectory() as folder:
             run_jobs(
                 [self._job(cell, Path(folder) / f"{place}.yaml") for place, cell in enumerate(waiting)],
-                room,
+                fits,
                 ended,
                 {
                     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // self.jobs)),
@@ -229,10 +261,13 @@ class Ablation:
             {name: compared_with(self.study, name) for name in self.study.variants},
             {data: metrics_of(self.study, recipe) for data, recipe in recipes.plain.items()},
             found,
+            chosen_on_tested=[data for data, r in recipes.plain.items() if r.evaluate.split == "dev"],
         )
         taken = {name: str(folder) for name, folder in self.taken(finished).items()}
         results |= {"seeds": self.study.seeds, "jobs": self.jobs, "failed": self.failed, "taken": taken}
+        results["outdated"] = self.outdated(cells, finished)
         if is_first():
+            _per_query(found).to_parquet(self.folder / "per_query.parquet", index=False)
             atomic_write_text(self.folder / RESULTS, json.dumps(results, indent=1) + "\n")
             text = markdown_table(*table(results), text_columns=2 + (len(results["data"]) > 1))
             atomic_write_text(self.folder / "results.md", "\n\n".join([text, *lines(results)]) + "\n")
@@ -241,6 +276,15 @@ class Ablation:
             except UserError as error:
                 log.warning("%s", error)
         return results
+
+
+def _per_query(found: Mapping[tuple[str, str, int], Measured]) -> pd.DataFrame:
+    """What every cell reached on every query, user or pair: enough to compare any two variants anew."""
+    frames = [
+        cell.per_query.drop(columns="model", errors="ignore").assign(data=data, variant=variant, seed=seed)
+        for (data, variant, seed), cell in found.items()
+    ]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"data": []})
 
 
 class _Clock:
@@ -257,10 +301,54 @@ class _Clock:
         log.info("%d of %d cells done (%s took %.0f s)%s", done, self.cells, cell, seconds, words)
 
 
-def _peak(folder: Path) -> float | None:
-    """The most memory that a finished run has held, in MB."""
-    path = folder / FINISHED
-    return read_json(path).get("cost", {}).get("peak_memory_mb") if path.exists() else None
+@dataclass
+class _Room:
+    """Which cells may run at the same time: what their variants have held before must fit together.
+
+    A variant that has not run yet is taken for twice the largest of the others; the first of all runs alone.
+    """
+
+    jobs: int
+    memory: dict[str, float]  # in MB, by the name under which a run's cost tells its peak
+    peaks: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)  # of (data, variant)
+
+    @classmethod
+    def free(cls, jobs: int, memory: float | None) -> _Room:
+        """``memory``: GB of the machine's; None: what is free now. Of a GPU, what is free now."""
+        room = {
+            "peak_memory_mb": (psutil.virtual_memory().available if memory is None else memory * 1e9) / 1e6
+        }
+        if torch.cuda.is_available():
+            room["peak_gpu_memory_mb"] = torch.cuda.mem_get_info()[0] / 1e6
+        return cls(jobs, room)
+
+    def learn(self, cell: Cell, folder: Path) -> None:
+        """What a finished run has held."""
+        if (path := folder / FINISHED).exists():
+            cost, known = (
+                read_json(path).get("cost", {}),
+                self.peaks.setdefault((cell.data, cell.variant), {}),
+            )
+            for name in self.memory:
+                known[name] = max(known.get(name, 0.0), cost.get(name) or 0.0)
+
+    def holds(self, cells: Sequence[Cell]) -> bool:
+        places = [(cell.data, cell.variant) for cell in cells]
+        if len(cells) > self.jobs or not self.peaks:
+            return False
+        for name, there in self.memory.items():
+            most = max(known[name] for known in self.peaks.values())
+            if sum(self.peaks.get(place, {name: 2 * most})[name] for place in places) > there:
+                return False
+        return True
+
+
+def _why(code: int, log: Path) -> str:
+    """Why a run failed: what it said last, and what ended it if it did not end itself."""
+    if code < 0:
+        killed = "; the system may have been out of memory (--memory)" if code == -signal.SIGKILL else ""
+        return f"ended by {signal.Signals(-code).name}{killed}; last it said: {_last_line(log)}"
+    return _last_line(log)
 
 
 def _last_line(log: Path) -> str:

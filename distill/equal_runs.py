@@ -52,14 +52,16 @@ class EqualRuns:
         assert recipe.train.steps is not None
         for run, teachers in self._found.get(trained_and_measured(recipe, recipe.train.steps), ()):
             measures = teachers or not recipe.evaluate.teachers
-            if measures and self._is_later_than_its_models(run, recipe):
+            if measures and not made_again_since(run, recipe, self.folder):
                 return run
         return None
 
-    def _is_later_than_its_models(self, run: Path, recipe: Recipe) -> bool:
-        asked = [self.folder / name / FINISHED for name in runs_in(recipe.models)]
-        made = (run / FINISHED).stat().st_mtime
-        return all(path.exists() and path.stat().st_mtime < made for path in asked)
+
+def made_again_since(run: Path, recipe: Recipe, folder: Path) -> list[str]:
+    """The models of other runs that are newer than a finished run that used them, or gone."""
+    made = (run / FINISHED).stat().st_mtime
+    asked = {name: folder / name / FINISHED for name in runs_in(recipe.models)}
+    return [name for name, path in asked.items() if not path.exists() or path.stat().st_mtime >= made]
 
 
 def trained_and_measured(recipe: Recipe, steps: int) -> str:

@@ -28,14 +28,14 @@ class Job:
 
 def run_jobs(
     jobs: Sequence[Job],
-    room: Callable[[], int],
+    fits: Callable[[Job, Sequence[Job]], bool],
     finished: Callable[[Job, int, float], None],
     environment: dict[str, str] | None = None,
 ) -> None:
-    """Run all jobs in their order, at most ``room()`` at a time.
+    """Run all jobs in their order, several at a time.
 
     Args:
-        room: Asked before a job is started: how many may run then.
+        fits: Whether the next job may start beside those that run; it does where none runs.
         finished: Told of each job that has ended: its exit code and its seconds.
         environment: Variables that differ from ours.
 
@@ -47,7 +47,7 @@ def run_jobs(
     with terminable():
         try:
             while waiting or running:
-                while waiting and len(running) < max(1, room()):
+                while waiting and (not running or fits(waiting[0], [job for job, _ in running.values()])):
                     job = waiting.popleft()
                     running[_start(job, environment or {})] = job, time.monotonic()
                 time.sleep(POLL)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distill.processes import is_first, world
@@ -57,6 +58,7 @@ class Progress:
             "teacher_calls": self.asked,
             "teacher_answers": self.answers,
             "peak_memory_mb": peak_memory(),
+            "peak_gpu_memory_mb": _peak_gpu_memory(),
         }
 
 
@@ -74,6 +76,13 @@ def peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6)  # bytes there, KiB elsewhere
+
+
+def _peak_gpu_memory() -> int | None:
+    """The most that this process has reserved of its GPU, in MB; None: it uses none."""
+    if not torch.cuda.is_initialized():
+        return None
+    return round(torch.cuda.max_memory_reserved() / 1e6)
 
 
 class History:

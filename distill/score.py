@@ -73,14 +73,17 @@ class Scoring:
 
     def fill(self) -> None:
         """Ask what is not known yet of all texts and listed pairs."""
-        self.source.prepare(*self.graph.columns())
+        self._prepare()
         self.memory.fill()
 
-    def score(self) -> list[Row]:
-        """Ask what is not known yet: all texts and listed pairs, then the pairs that samplers will bring."""
+    def _prepare(self) -> None:
         self.source.prepare(*self.graph.columns())
         fit_teachers(self.graph, judged_sources(self.source))
         self.memory = self._memory()  # a teacher that is fitted is known by what it was fitted to
+
+    def score(self) -> list[Row]:
+        """Ask what is not known yet: all texts and listed pairs, then the pairs that samplers will bring."""
+        self._prepare()
         rows: list[Row] = []
         for listener in self.memory.listeners:
             for axis in listener.signals:

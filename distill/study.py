@@ -121,8 +121,7 @@ def has_own_steps(study: Study, variant: str) -> bool:
 
 def compared_with(study: Study, variant: str) -> str | None:
     """The variant that another is compared with; None: it is the baseline itself."""
-    against = study.variants[variant].against or study.baseline
-    return None if against == variant else against
+    return None if variant == study.baseline else study.variants[variant].against or study.baseline
 
 
 def metrics_of(study: Study, recipe: Recipe) -> list[str]:
@@ -190,6 +189,8 @@ def _names_that_are_not_there(study: Study) -> Iterator[str]:
     for name, one in study.variants.items():
         if one.against == name:
             yield f"variants.{name}.against: a variant cannot be compared with itself."
+        elif one.against is not None and name == study.baseline:
+            yield f"variants.{name}.against: the baseline is compared with nothing; name another `baseline`."
 
 
 def _change(document: dict[str, Any], changes: Changes | Study) -> list[str]:

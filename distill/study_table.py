@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,19 +55,21 @@ def tabulate(
     metrics: Mapping[str, Sequence[str]],
     measured: Mapping[Place, Measured],
     resamples: int = 9999,
+    chosen_on_tested: Collection[str] = (),
 ) -> dict[str, Any]:
     """Everything that a study found, as plain data.
 
     A variant is compared with its baseline over the seeds that both have finished: each query's value is
     averaged over these seeds, then compared query by query. Holm's correction is over all comparisons of the
-    study in one metric. The winner is the variant that is best on dev; only its test is not corrected for the
-    others, since dev chose it.
+    study in one metric. The winner is the variant that is best on dev, whatever it is compared with; its test
+    against the study's baseline is not corrected for the others, since dev chose it.
 
     Args:
-        variants: Each with the variant it is compared with; None: a baseline.
+        variants: Each with the variant it is compared with; None: the study's baseline.
         metrics: By data set; the first decides.
         measured: What the finished cells reached.
         resamples: Of each interval and each test.
+        chosen_on_tested: Data sets whose dev is what was measured: the best is told there, without a test.
     """
     sets: dict[str, dict[str, Any]] = {
         data: {
@@ -94,10 +96,15 @@ def tabulate(
             for entry in found["variants"].values()
             if metric in entry.get("tests", {})
         ])  # fmt: skip
-    winners = {data: _winner(found, variants) for data, found in sets.items()}
-    _correct([winner["test"] for winner in winners.values() if winner and winner["test"]])
-    for data, winner in winners.items():
-        sets[data]["winner"] = winner
+    for data, found in sets.items():
+        if (winner := _winner(found, variants)) is not None:
+            winner["test"] = None
+            if data not in chosen_on_tested and winner["variant"] != winner["against"]:
+                pairs = _paired(measured, data, winner["against"], winner["variant"])
+                winner["test"] = _tested(pairs, winner["metric"], resamples, len(sets))
+            winner["chosen_on_tested"] = data in chosen_on_tested
+        found["winner"] = winner
+    _correct([f["winner"]["test"] for f in sets.values() if f["winner"] and f["winner"]["test"]])
     return {"study": study, "confidence": CONFIDENCE, "power": POWER, "data": sets}
 
 
@@ -166,20 +173,28 @@ def _paired(
     return [(before[seed], after[seed]) for seed in after if seed in before]
 
 
-def _tested(pairs: Sequence[tuple[Measured, Measured]], metric: str, resamples: int) -> dict[str, Any] | None:
-    """Interval and test of one comparison; None: it cannot be told what queries or pairs differ in."""
-    if not pairs:
+def _tested(
+    pairs: Sequence[tuple[Measured, Measured]], metric: str, resamples: int, tests: int = 1
+) -> dict[str, Any] | None:
+    """Interval and test of one comparison; None: it cannot be told what queries or pairs differ in.
+
+    ``tests``: for how many the smallest detectable difference allows.
+    """
+    values = [(before.metrics.get(metric), after.metrics.get(metric)) for before, after in pairs]
+    gains = [one[1] - one[0] for one in values if one[0] is not None and one[1] is not None]
+    if (
+        not pairs or len(gains) < len(pairs) or any(map(math.isnan, gains))
+    ):  # undefined where a model collapsed
         return None
     before, after = ([pair[side].per_query for pair in pairs] for side in (0, 1))
     if (found := compare_trainings(before, after, metric, resamples)) is None:
         return None
     sign = 1 if higher_is_better(metric) else -1
-    gains = [sign * (pair[1].metrics[metric] - pair[0].metrics[metric]) for pair in pairs]  # type: ignore[operator]
     return found._asdict() | {
         "of": unit(before[0]),
         "seeds": len(pairs),
-        "better": sum(gain > 0 for gain in gains),  # on how many seeds
-        "detectable": detectable(found.spread, found.queries),
+        "better": sum(sign * gain > 0 for gain in gains),  # on how many seeds
+        "detectable": detectable(found.spread, found.queries, (1 - CONFIDENCE) / tests),
     }
 
 
@@ -190,21 +205,19 @@ def _correct(tests: Sequence[dict[str, Any]]) -> None:
 
 
 def _winner(found: Mapping[str, Any], variants: Mapping[str, str | None]) -> dict[str, Any] | None:
-    """The variant that is best on dev, of those that share the study's baseline, and its one test."""
+    """The variant that is best on dev, and the baseline that it is to be tested against."""
     metric = found["metrics"][0]
-    study_baseline = [name for name, against in variants.items() if against is None]
     dev = {
         name: entry["dev"][metric]["mean"]
         for name, entry in found["variants"].items()
-        if variants[name] in study_baseline and entry["dev"][metric]["mean"] is not None
+        if entry["dev"][metric]["mean"] is not None
     }
     if not dev:
         return None
     sign = 1 if higher_is_better(metric) else -1
     best = max(dev, key=lambda name: sign * dev[name])
-    test = found["variants"][best]["tests"].get(metric)
-    alone = {key: value for key, value in test.items() if key != "p_holm"} if test else None
-    return {"variant": best, "metric": metric, "dev": dev[best], "of": len(dev), "test": alone}
+    baseline = next(name for name, against in variants.items() if against is None)
+    return {"variant": best, "against": baseline, "metric": metric, "dev": dev[best], "of": len(dev)}
 
 
 def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -221,13 +234,13 @@ def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         "difference",
         confidence,
     ]
-    header += ["p", "p (Holm)", "seeds better", "answers", "M tokens", "seconds", "queries/s"]
+    header += ["p", "p (Holm)", "detectable", "seeds better", "answers", "M tokens", "seconds", "queries/s"]
     rows = []
     for data, found in sets.items():
         for place, metric in enumerate(found["metrics"]):
             for name, entry in found["variants"].items():
                 value, test = entry["metrics"][metric], entry.get("tests", {}).get(metric)
-                told = _told(test) if test else [NOTHING] * 5
+                told = _told(test) if test else [NOTHING] * 6
                 cost = _cost(entry) if place == 0 else [""] * 4
                 where = [data] if several else []
                 rows.append(
@@ -242,6 +255,7 @@ def _told(test: Mapping[str, Any]) -> list[str]:
         f"{test['low']:+.4f} to {test['high']:+.4f}",
         f"{test['p_value']:.2g}",
         f"{test['p_holm']:.2g}",
+        f"{test['detectable']:.4f}",
         f"{test['better']} of {test['seeds']}",
     ]
 
@@ -273,13 +287,16 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
             yield f"{where}teacher {name}{within}: {values}"
         yield f"{where}{_won(found.get('winner'), results['power'])}"
     yield (
-        "Differences are over queries, users or pairs, averaged over seeds; answers: texts and pairs that "
-        "teachers were heard about; tokens and seconds: of one training, without asking teachers."
+        f"Differences are over queries, users or pairs, averaged over seeds; detectable: what such a test "
+        f"would find with {results['power']:.0%} power; answers: texts and pairs that teachers were heard "
+        f"about; tokens and seconds: of one training, without asking teachers."
     )
     if results.get("jobs", 1) > 1:
         yield f"{results['jobs']} trainings ran at a time, which seconds and queries/s suffer from."
     for cell, folder in results.get("taken", {}).items():
         yield f"{cell} is the equal run that lies in {folder}."
+    for cell, teachers in results.get("outdated", {}).items():
+        yield f"{cell} was trained before {' and '.join(teachers)} was made again."
     for cell, why in results.get("failed", {}).items():
         yield f"failed: {cell}: {why}"
 
@@ -287,8 +304,12 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
 def _won(winner: Mapping[str, Any] | None, likely: float) -> str:
     if winner is None:
         return "no winner: dev was not measured, so there is nothing fair to choose by"
-    metric, test = winner["metric"], winner["test"]
-    chosen = f"winner: {winner['variant']}, the best of {winner['of']} on dev ({metric} {winner['dev']:.4f})"
+    metric, test, best = winner["metric"], winner["test"], winner["variant"]
+    chosen = f"winner: {best}, the best of {winner['of']} on dev ({metric} {winner['dev']:.4f})"
+    if winner["chosen_on_tested"]:
+        return f"{chosen}, which is what is measured here: its p must count the others (Holm's, above)"
+    if best == winner["against"]:
+        return f"{chosen}: the baseline itself, so nothing is tested"
     if test is None:
         return (
             f"{chosen}; no test of {metric}: nothing says how queries or pairs differ in it, or no seed is "
@@ -296,7 +317,7 @@ def _won(winner: Mapping[str, Any] | None, likely: float) -> str:
         )
     difference, interval, *_ = _told(test)
     return (
-        f"{chosen}; tested once: {difference} {metric} ({interval}, p = {test['p_holm']:.2g}, "
-        f"{test['queries']:,} {test.get('of', 'queries')}). With {likely:.0%} power this test would find a "
-        f"difference of {test['detectable']:.4f}."
+        f"{chosen}; tested once against {winner['against']}: {difference} {metric} ({interval}, "
+        f"p = {test['p_holm']:.2g}, {test['queries']:,} {test.get('of', 'queries')}). With {likely:.0%} "
+        f"power this test would find a difference of {test['detectable']:.4f}."
     )

@@ -167,6 +167,7 @@ class CrossEncoder(ReadsPairs):
         ids, types = self.encoder.tokenizer.frame_pairs(queries, candidates, *lengths)
         places = self.encoder.tokenizer.pair_places(queries, candidates, *lengths).to(self.device)
         if len(queries):
+            self.encoder.check_whole_maps(layers, int(ids.lengths.max()))
             rows = {"logits": _with_vectors if vectors else _logits}
             said = self.encoder.read(ids, types, rows, layers=layers, hidden=vectors)
         else:

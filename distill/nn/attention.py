@@ -128,7 +128,7 @@ def side_by_side(heard: Sequence[Heard], real: Tensor) -> Tensor:
 
 
 class InPlace:
-    """What ``side_by_side`` says of n tokens, by chunks, from any thread, each at once in its place: no gradient.
+    """What ``side_by_side`` says of n tokens, by chunks, from any thread, each in its place: no gradient.
 
     Nothing of it is held twice: touching so much memory for the first time takes as long as filling it.
     """

@@ -89,7 +89,34 @@ class TextEncoder(nn.Module):
         config, device = self.backbone.config, next(self.backbone.parameters()).device
         heads = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return torch.zeros(0, len(layers), 2, heads, size, device=device)
+        dtype = self.backbone.dtype  # as of queries and keys: processes put their parts together
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return torch.zeros(0, len(layers), 2, heads, size, device=device, dtype=dtype)
+
+    def check_whole_maps(self, layers: Sequence[int], longest: int) -> None:
+        """Refuse layers in which a token does not see all others: queries and keys do not say their maps.
+
+        Raises:
+            RecipeError: The transformer reads from left to right, or a layer sees less than ``longest`` ids.
+        """
+        config = self.backbone.config
+        if any(getattr(module, "is_causal", False) for module in self.backbone.modules()):
+            raise RecipeError(
+                f"{type(self.backbone).__name__} reads from left to right, so no token of the query attends "
+                f"to the candidate behind it: its attention cannot teach."
+            )
+        kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+        if kinds is None or window is None or longest <= window + 1:
+            return
+        local = [layer for layer in layers if kinds[layer] == "sliding_attention"]
+        if local:
+            whole = [place for place, kind in enumerate(kinds) if kind != "sliding_attention"]
+            raise RecipeError(
+                f"layer {local[0]} of {type(self.backbone).__name__} attends to the {window} nearest ids on "
+                f"each side alone, and a pair here has {longest}. Teach by layers that see all ({whole}), or "
+                f"lower the teacher's max_length to {window + 1}."
+            )
 
     def forward(self, ids: Ragged, types: Ragged | None, head: Head) -> Tensor:
         """What ``head`` makes of each text: [n, ...] float32.

@@ -166,7 +166,7 @@ class AttentionObjective(Objective):
 
 
 def _filled(block: Tensor, rows: Tensor) -> Tensor:
-    """Logits [n, H, R, C] that are alike for both models where a row [n, R] is not one that both have read."""
+    """Logits [n, H, R, C], alike for both models where a row [n, R] is not one that both have read."""
     return block.masked_fill(~rows[:, None, :, None], 0.0)
 
 

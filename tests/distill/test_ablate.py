@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
+from distill.ablate import _why
 from distill.cli import main
 from distill.evaluation import compare
 from distill.recipe import read_yaml
@@ -21,6 +24,7 @@ from distill.trainer import Trainer
 from teachers import CrossEncoder
 
 TOPICS = ["river water ship", "cell protein gene", "wing flow jet", "music book film", "cat dog bird"]
+LISTED = {"type": "distill.objectives.SampledSoftmax", "in_batch": False, "temperature": 1.0}
 CROSS = {"type": "distill.objectives.ScoreKL", "from": "cross", "to": "student"}
 
 
@@ -163,7 +167,7 @@ def test_every_cell_is_an_ordinary_run(finished):
     ]
     folder = place.runs / "mine/study"
     assert {path.name for path in folder.iterdir()} == {
-        "alone", "taught", "all", "study.yaml", "results.json", "results.md", "plot.png",
+        "alone", "taught", "all", "study.yaml", "results.json", "results.md", "per_query.parquet", "plot.png",
     }  # fmt: skip
     for cell in folder.glob("*/seed*"):
         assert (cell / "student/model.safetensors").exists() and not (cell / "baseline").exists()
@@ -208,9 +212,9 @@ def test_the_results_are_those_of_the_runs(finished):
     again = compare(*means, "nDCG@10")
     assert test["difference"] == pytest.approx(again.difference)
     assert test["low"] == pytest.approx(again.low, abs=0.02) and test["queries"] == 10
-    best = max(("taught", "all"), key=lambda name: results["variants"][name]["dev"]["nDCG@10"]["mean"])
+    best = max(results["variants"], key=lambda name: results["variants"][name]["dev"]["nDCG@10"]["mean"])
     assert results["winner"]["variant"] == best
-    assert re.search(rf"^winner: {best}, the best of 2 on dev", done.out, re.M)
+    assert re.search(rf"^winner: {best}, the best of 3 on dev", done.out, re.M)
     row = re.search(r"^  all +nDCG@10 +(\S+) +(\S+) +([+-]\S+) ", done.out, re.M)
     assert row is not None and row[1] == f"{sum(values) / 2:.4f}" and row[3] == f"{test['difference']:+.4f}"
     text = (runs / "results.md").read_text()
@@ -354,26 +358,80 @@ def test_without_matplotlib_there_is_everything_but_the_plot(here, monkeypatch):
     done = here("ablate", "seeds=[1]")
     assert done.code == 0 and "pip install 'distill-search[plots]'" in done.err
     assert {path.name for path in (here.runs / "mine/study").glob("*.*")} == {
-        "study.yaml", "results.json", "results.md",
+        "study.yaml", "results.json", "results.md", "per_query.parquet",
     }  # fmt: skip
 
 
 def test_as_many_run_at_a_time_as_memory_holds_once_it_is_known_what_one_takes(here, monkeypatch):
-    """Nothing is known before the first has ended; a cell that was measured before counts too."""
-    asked: list[int] = []
+    """Nothing is known before the first has ended; who has not run yet may take twice the most so far."""
+    here.study["variants"]["third"] = {}
+    fitted: list[list[bool]] = []
 
-    def looked_at(jobs, room, finished, environment):
-        for place, peak in enumerate((400, 1100)):
-            asked.append(room())
-            folder = here.runs / jobs[place].about.recipe.name
+    def looked_at(jobs, fits, finished, environment):
+        alone, taught, third = (
+            next(job for job in jobs if job.about.variant == variant) for variant in here.study["variants"]
+        )
+
+        def look():
+            beside = [(alone, [alone]), (taught, [alone]), (taught, [taught]), (third, [alone, alone])]
+            fitted.append([fits(job, running) for job, running in beside])
+
+        look()
+        for job, peak in ((alone, 400), (taught, 1300)):
+            folder = here.runs / job.about.recipe.name
             folder.mkdir(parents=True)
             (folder / "metrics.json").write_text(json.dumps({"cost": {"peak_memory_mb": peak}}))
-        asked.append(room())
+            finished(job, 0, 1.0)
+            look()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("distill.ablate.run_jobs", looked_at)
     assert here("ablate", "--jobs", "4", "--memory", "2.5").code == 1
-    assert asked == [1, 4, 2]
+    assert fitted == [[False] * 4, [True, True, True, True], [True, True, False, False]]
+
+
+def test_a_process_that_the_system_killed_is_told_as_such(tmp_path):
+    (tmp_path / "log.txt").write_text("step 3 of 8")
+    why = _why(-signal.SIGKILL, tmp_path / "log.txt")
+    assert "SIGKILL" in why and "out of memory" in why and "step 3 of 8" in why
+    assert _why(1, tmp_path / "log.txt").startswith("step 3 of 8")
+
+
+def test_other_seeds_first_keep_what_is_finished(here, monkeypatch):
+    """The first seed's runs measure the teachers too; to be the first is no reason to be trained again."""
+    here.recipe["evaluate"]["teachers"] = True
+    assert here("ablate", "seeds=[1,2]").code == 0
+    seen = watch(monkeypatch)
+    done = here("ablate", "seeds=[3,2,1]")
+    assert done.code == 0, done.err
+    assert sorted(one.name for one in seen) == ["alone/seed3", "taught/seed3"]
+    assert [one["teacher"] for one in here.results["data"][""]["teachers"]] == ["cross"]
+
+
+def test_who_learnt_from_a_teacher_that_was_made_again_is_told(here, monkeypatch):
+    cross = {"name": "cross", **{key: here.recipe[key] for key in ("train", "evaluate")}}
+    cross["data"] = {"lists": here.recipe["data"]["lists"]}
+    cross["models"] = {"cross": {**here.recipe["models"]["cross"], "train": True}}
+    cross |= {"keep": "cross", "losses": {"labels": {**LISTED, "to": "cross"}}}
+    path = here.folder / "cross.yaml"
+    path.write_text(json.dumps(cross))
+    here.recipe["models"]["cross"]["checkpoint"] = {"run": str(path)}
+    assert here("ablate", "seeds=[1]").code == 0
+    assert here.results["outdated"] == {}
+    later = (here.runs / "mine/study/taught/seed1/metrics.json").stat().st_mtime + 5
+    os.utime(here.runs / "cross/metrics.json", (later, later))
+    done = here("ablate", "seeds=[1]")
+    assert "mine/study/taught/seed1 was trained before" in done.err
+    assert list(here.results["outdated"]) == ["mine/study/taught/seed1"]
+
+
+def test_every_value_is_kept_so_that_any_two_can_be_compared_anew(finished):
+    place, *_ = finished
+    kept = pd.read_parquet(place.runs / "mine/study/per_query.parquet")
+    assert set(kept["variant"]) == {"alone", "taught", "all"} and set(kept["seed"]) == {1, 2}
+    means = kept.groupby(["variant", "seed"])["nDCG@10"].mean()
+    for variant, entry in place.results["data"][""]["variants"].items():
+        assert means[variant].tolist() == pytest.approx(entry["metrics"]["nDCG@10"]["values"])
 
 
 @pytest.mark.slow

@@ -26,12 +26,16 @@ def jobs(folder, *programs):
     ]
 
 
+def alone(job, running) -> bool:
+    return False
+
+
 def test_all_are_run_and_told_of_with_their_exit_codes_and_words(tmp_path):
     ended = {}
     programs = ["print('a word')", "raise SystemExit(3)", "import os; print(os.environ['SAID'])"]
     run_jobs(
         jobs(tmp_path, *programs),
-        room=lambda: 2,
+        fits=lambda job, running: len(running) < 2,
         finished=lambda job, code, seconds: ended.update({job.about: code}),
         environment={"SAID": "by us"},
     )
@@ -43,7 +47,7 @@ def test_a_job_heeds_interrupts_although_we_ignore_them(tmp_path):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         program = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
-        run_jobs(jobs(tmp_path, program), lambda: 1, lambda *_: None)
+        run_jobs(jobs(tmp_path, program), alone, lambda *_: None)
     finally:
         signal.signal(signal.SIGINT, before)
     assert (tmp_path / "0.txt").read_text() == "True\n"
@@ -58,7 +62,7 @@ def test_no_more_run_than_there_is_room_for(tmp_path):
     done = []
     run_jobs(
         jobs(tmp_path, *[program] * 4),
-        room=lambda: 2 if done else 0,
+        fits=lambda job, running: bool(done) and len(running) < 2,
         finished=lambda job, *_: done.append(job.about),
         environment={"HERE": str(tmp_path)},
     )
@@ -83,7 +87,7 @@ def test_who_is_stopped_interrupts_what_runs_and_waits_for_it(number, tmp_path, 
 
     threading.Thread(target=stop).start()
     with pytest.raises(KeyboardInterrupt):
-        run_jobs(jobs(tmp_path, program, "print('never')"), lambda: 1, lambda *_: None)
+        run_jobs(jobs(tmp_path, program, "print('never')"), alone, lambda *_: None)
     assert (tmp_path / "0.txt").read_text() == "up\nsaved\n"
     assert not (tmp_path / "1.txt").exists()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

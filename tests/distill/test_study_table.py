@@ -90,12 +90,13 @@ def test_a_variant_is_compared_over_the_seeds_that_both_have():
 
 
 def test_all_comparisons_of_a_metric_count_and_the_winners_alone_does_not():
+    """c is best on dev: it is compared with a in the table, and with the baseline as the winner."""
     variants = {"none": None, "a": "none", "b": "none", "c": "a"}
     draw = np.random.default_rng(0)
     measured = {
         (data, name, 1): cell(draw.normal(0.1 * place, 1, 50), dev=dev)
         for data in ("x", "y")
-        for place, (name, dev) in enumerate(zip(variants, (0.9, 0.3, 0.2, 0.8), strict=True))
+        for place, (name, dev) in enumerate(zip(variants, (0.4, 0.3, 0.2, 0.8), strict=True))
     }
     results = tabulate("s", variants, {"x": ["MAP"], "y": ["MAP"]}, measured, resamples=999)
     assert [row[:2] for row in table(results)[1]] == [[d, name] for d in ("x", "y") for name in variants]
@@ -103,10 +104,48 @@ def test_all_comparisons_of_a_metric_count_and_the_winners_alone_does_not():
     tests = [found[d]["variants"][name]["tests"]["MAP"] for d in ("x", "y") for name in ("a", "b", "c")]
     assert [test["p_holm"] for test in tests] == holm([test["p_value"] for test in tests])
     winners = [found[data]["winner"] for data in ("x", "y")]
-    assert [winner["variant"] for winner in winners] == ["a", "a"]  # c has another baseline, none is one
+    assert [winner["variant"] for winner in winners] == ["c", "c"]
+    gains = [
+        found[d]["variants"]["c"]["metrics"]["MAP"]["mean"]
+        - found[d]["variants"]["none"]["metrics"]["MAP"]["mean"]
+        for d in ("x", "y")
+    ]
+    assert [winner["test"]["difference"] for winner in winners] == pytest.approx(gains)
     assert [winner["test"]["p_holm"] for winner in winners] == holm(
-        [tests[0]["p_value"], tests[3]["p_value"]]
+        [winner["test"]["p_value"] for winner in winners]
     )
+    alone, both = winners[0]["test"], tests[0]
+    assert alone["detectable"] == pytest.approx(detectable(alone["spread"], 50, 0.025))
+    assert both["detectable"] == pytest.approx(detectable(both["spread"], 50))
+
+
+def test_where_the_baseline_is_best_on_dev_nothing_is_tested():
+    """A variant that dev advises against is not announced."""
+    measured = {("", "none", 1): cell([0.1, 0.2], dev=0.6), ("", "kl", 1): cell([0.8, 0.9], dev=0.4)}
+    results = tabulate("s", ALONE, {"": ["MAP"]}, measured, resamples=99)
+    assert results["data"][""]["winner"]["test"] is None
+    (won,) = [line for line in lines(results) if line.startswith("winner")]
+    assert won == "winner: none, the best of 2 on dev (MAP 0.6000): the baseline itself, so nothing is tested"
+
+
+def test_what_was_chosen_on_the_split_that_is_measured_is_not_said_to_be_tested_once():
+    """The best of eight that are alike would be "significant" more than twice as often as it says."""
+    measured = study(np.random.default_rng(3), 0.3)
+    results = tabulate("s", ALONE, {"": ["MAP"]}, measured, resamples=99, chosen_on_tested=[""])
+    assert results["data"][""]["winner"]["test"] is None
+    assert results["data"][""]["variants"]["kl"]["tests"]["MAP"]["p_holm"] < 0.05
+    (won,) = [line for line in lines(results) if line.startswith("winner")]
+    assert "which is what is measured here" in won and "tested once" not in won
+
+
+@pytest.mark.parametrize("gone", [None, float("nan")])
+def test_a_metric_that_is_undefined_for_one_cell_leaves_the_others(gone):
+    """As a correlation is where a student has collapsed."""
+    measured = study(np.random.default_rng(3), 0.3)
+    measured["", "kl", 1] = replace(measured["", "kl", 1], metrics={"MAP": gone}, dev={"MAP": 0.9})
+    results = json.loads(json.dumps(tabulate("s", ALONE, {"": ["MAP"]}, measured, resamples=99)))
+    assert results["data"][""]["variants"]["kl"]["tests"] == {} and len(table(results)[1]) == 2
+    assert "no test of MAP" in "\n".join(lines(results))
 
 
 def test_a_metric_that_is_better_when_lower_wins_low():
@@ -180,7 +219,7 @@ def test_the_table_and_the_lines_say_what_the_figures_are(tmp_path):
     test = results["data"][""]["variants"]["kl"]["tests"]["MAP"]
     assert kl["difference"] == f"{test['difference']:+.4f}" and kl["seeds better"] == "3 of 3"
     assert (none["difference"], none["p (Holm)"], none["answers"], kl["answers"]) == ("—", "—", "0", "333")
-    (won,) = [line for line in lines(results) if line.startswith("winner: kl, the best of 1 on dev")]
+    (won,) = [line for line in lines(results) if line.startswith("winner: kl, the best of 2 on dev")]
     assert f"would find a difference of {test['detectable']:.4f}" in won
     plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -111,3 +111,27 @@ def test_a_layer_that_is_not_there_and_an_attention_of_another_kind_are_refused(
     assert not can_listen(eager.backbone) and eager.attention_sizes == {}
     with pytest.raises(RunError, match="passed 0 times"), listening(eager.backbone, [0]):
         eager.read(ids, rows={"first": lambda o, m: o.last_hidden_state[:, 0]})
+
+
+def test_layers_that_see_their_neighbours_alone_do_not_teach_longer_pairs(family):
+    """A softmax over all tokens of a side would be a map that the layer does not have."""
+    ours = encoder(family("modernbert"))  # layers 1 and 2 see two ids on each side
+    ours.check_whole_maps([0, 1, 2], 3)
+    ours.check_whole_maps([0], 30)
+    with pytest.raises(
+        RecipeError, match=r"layer 1 of ModernBert.* 2 nearest ids .* a pair here has 4\. .*\[0\]"
+    ):
+        ours.check_whole_maps([0, 1], 4)
+    with pytest.raises(RecipeError, match="Qwen2Model reads from left to right"):
+        encoder(family("qwen2")).check_whole_maps([0], 3)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_nothing_heard_is_of_the_kind_of_what_is_heard(enabled, family, texts):
+    """Processes put their parts together, and one may have heard nothing."""
+    ours = encoder(family("bert"))
+    ids = ours.tokenizer.frame(ours.tokenizer.ids(texts), 12)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        heard, nothing = ours.read(ids, layers=[0, 2])["attention"], ours.no_attention([0, 2])
+    assert (heard.dtype, heard.shape[1:]) == (nothing.dtype, nothing.shape[1:])
+    assert (heard.dtype == torch.bfloat16) is enabled
