@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ log = logging.getLogger("distill")
 
 QUERIES = 256  # whose lists are looked at when a run starts
 LONGEST = 32  # candidates of a list that are looked at
+FEW = 32  # queries whose lists of positives are filled up when a run starts
 FILLED = 8  # candidates of a list where the data lists positives only
 FIGURES = ("pairs", "mean", "spread", "in lists", "ties", "at the ends", "agreement", "temperature")
 HEADER = ("teacher", "data", "split", *FIGURES)
@@ -56,17 +57,45 @@ class Patient:
         return [self.teacher, self.data, self.split, f"{h.pairs:,}", *numbers, agreement, temperature]
 
 
+class Between(NamedTuple):
+    """How far two teachers order the same lists alike: 1 the same, 0 as by chance, -1 the opposite."""
+
+    one: str
+    other: str
+    data: str
+    agreement: float
+    luck: float
+    lists: int
+
+    def __str__(self) -> str:
+        over = f"{self.lists:,} lists" if self.lists > 1 else "all pairs"
+        return f"{self.one} and {self.other} on {self.data}: agreement {self.agreement:+.3f} over {over}"
+
+
 def health_at_start(memory: TeacherMemory) -> dict[str, Any]:
     """The health of the teachers that the store holds: warned of in the log, returned for ``metrics.json``.
 
-    Asks nothing, where the memory was filled. Only training data is looked at.
+    Only training data is looked at. Where the memory was filled nothing is asked, but for data that lists
+    positives only: there candidates drawn at random stand beside those of a few queries.
     """
-    patients = list(_patients(memory, "train", QUERIES))
-    warnings = list(_warnings(memory.graph, patients))
+    patients = {(one.teacher, one.data): one for one in _patients(memory, "train", QUERIES)}
+    for name, source in memory.sources.items():
+        told = {one.teacher for one in patients.values() if one.data == name and one.health.lists}
+        teachers = {one.name for one in memory.listeners if one.data == name} - told
+        if source.judged.task == "retrieval" and teachers and (sample := sample_of(source.judged, FEW)):
+            found, asked = _of_sample(memory.graph, name, sample, memory.precision, "train", teachers)
+            memory.asked, memory.seconds = memory.asked + asked.asked, memory.seconds + asked.seconds
+            patients |= {(one.teacher, name): one for one in found}
+    return _told(memory.graph, list(patients.values()))
+
+
+def _told(graph: DistillationGraph, patients: Sequence[Patient]) -> dict[str, Any]:
+    warnings = list(_warnings(graph, patients))
     for line in warnings:
         log.warning("%s", line)
     figures = [{"teacher": one.teacher, "data": one.data, **one.health.to_json()} for one in patients]
-    return {"teachers": figures, "warnings": warnings} if figures else {}
+    pairs = [one._asdict() for one in between(patients)]
+    return {"teachers": figures, "between": pairs, "warnings": warnings} if figures else {}
 
 
 def checkup(
@@ -75,8 +104,9 @@ def checkup(
     precision: Precision,
     queries: int,
     without: Collection[str] = (),
-) -> tuple[list[Patient], list[str]]:
-    """The health of frozen teachers on lists of train, and of dev as held out; and what is wrong, in words.
+) -> tuple[list[Patient], list[Between], list[str]]:
+    """The health of frozen teachers on lists of train, and of dev as held out; how far any two agree; and
+    what is wrong, in words.
 
     What is not known of the sample is asked, and kept in the teacher store.
 
@@ -93,13 +123,26 @@ def checkup(
                 continue
             if (sample := sample_of(part.split(split), queries)) is None:
                 continue
-            source = TextSource(sample, len(sample.queries), int(sample.listed.lengths.max()), name=name)
-            source.prepare(*graph.columns())
-            memory = TeacherMemory(graph, {name: source}, precision, mend=False)
-            memory.listeners = [one for one in memory.listeners if one.name not in without]
-            memory.fill()
-            patients += _patients(memory, split, len(sample.queries))
-    return patients, list(_warnings(graph, patients))
+            teachers = set(graph.nodes) - set(without)
+            patients += _of_sample(graph, name, sample, precision, split, teachers)[0]
+    return patients, list(between(patients)), list(_warnings(graph, patients))
+
+
+def _of_sample(
+    graph: DistillationGraph,
+    name: str,
+    sample: Judged,
+    precision: Precision,
+    split: str,
+    teachers: Collection[str],
+) -> tuple[list[Patient], TeacherMemory]:
+    """The health of some teachers on a sample of a data set, and the memory by which they were asked."""
+    source = TextSource(sample, len(sample.queries), int(sample.listed.lengths.max()), name=name)
+    source.prepare(*graph.columns())
+    memory = TeacherMemory(graph, {name: source}, precision, mend=False)
+    memory.listeners = [one for one in memory.listeners if one.name in teachers]
+    memory.fill()
+    return list(_patients(memory, split, len(sample.queries))), memory
 
 
 def sample_of(judged: Judged, queries: int) -> Judged | None:
@@ -205,19 +248,24 @@ def _warnings(graph: DistillationGraph, patients: Sequence[Patient]) -> Iterator
             if hears and temperature is not None and "scores" in arrow.objective.teacher_needs:
                 for line in misheard((held_out or one).health, temperature):
                     yield _sentence(f"losses.{arrow.name}: {where}: {line}")
+    for pair in between(patients):
+        names = f"models.{pair.one} and models.{pair.other}"
+        if pair.luck < SURE and pair.agreement < 0:
+            yield f"{names} teach opposite orders (agreement {pair.agreement:+.2f}): one of them is wrong."
+        elif pair.luck < SURE and pair.agreement > 0.995:
+            yield (
+                f"{names} put nearly all candidates in one order (agreement {pair.agreement:+.3f}): one adds "
+                f"nothing."
+            )
+
+
+def between(patients: Sequence[Patient]) -> Iterator[Between]:
+    """How far any two teachers agree on the lists of train that both were heard about."""
     for one, other in combinations([one for one in patients if one.split == "train"], 2):
         if one.data == other.data and np.array_equal(one.said.lists, other.said.lists):
-            yield from _between(one, other)
-
-
-def _between(one: Patient, other: Patient) -> Iterator[str]:
-    found, luck = agreement_of(one.said, other.said.scores)
-    if len(found) and luck is not None and luck < SURE:
-        mean, names = float(found.mean()), f"models.{one.teacher} and models.{other.teacher}"
-        if mean < 0:
-            yield f"{names} teach opposite orders (agreement {mean:+.2f}): one of them is wrong."
-        elif mean > 0.995:
-            yield f"{names} put nearly all candidates in one order (agreement {mean:+.3f}): one adds nothing."
+            found = agreement_of(one.said, other.said.scores)
+            if found.mean is not None and found.luck is not None:
+                yield Between(one.teacher, other.teacher, one.data, found.mean, found.luck, len(found.lists))
 
 
 def _sentence(line: str) -> str:

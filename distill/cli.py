@@ -339,14 +339,14 @@ def search(
         answer(index_folder(folder, runs), asked, k, model, runs)
 
 
-def _checkup(patients: Sequence[Any], warnings: Sequence[str]) -> None:
-    """The health of teachers: their figures, then what is wrong, in words."""
+def _checkup(patients: Sequence[Any], between: Sequence[Any], warnings: Sequence[str]) -> None:
+    """The health of teachers: their figures, how far they agree, then what is wrong, in words."""
     from distill.checkup import HEADER
 
     if patients:
         print_table(HEADER, [patient.row() for patient in patients], text_columns=3)
-    for line in warnings:
-        print(f"warning: {line}")
+    for line in (*between, *(f"warning: {one}" for one in warnings)):
+        print(line)
 
 
 def _check_study(spec: str, overrides: Sequence[str], runs: Any) -> None:

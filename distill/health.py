@@ -8,17 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
 
 SURE = 0.01  # how unlikely luck must be before something is said of agreement
 LEAST = 5  # lists that are needed to say it
+USEFUL = 0.35  # an agreement that a teacher must not have, surely, to be called one that knows nothing
 FLAT, SHARP = (
     0.05,
     50.0,
 )  # spread in a list, over the temperature, at which a softmax says nothing or one thing
+LARGE = 25.0  # spread in a list at which regression diverges: logits have 10 at most, cosines a twentieth
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Health:
         agreement: How much more often two candidates with different labels are ordered rightly than wrongly:
             1 always, 0 as a coin, -1 never. Mean over lists; where no list has two labels, over all pairs.
         luck: How likely an agreement so far from 0 is if the teacher knows nothing; None: it is not known.
+        error: The standard error of the agreement; None: it is not known.
         lists: How many lists the agreement is over.
         temperature: At which the teacher's softmax over a list is as sure as it is right; without labels, at
             which its scores spread by 1.
@@ -64,11 +67,21 @@ class Health:
     saturation: float
     agreement: float | None
     luck: float | None
+    error: float | None
     lists: int
     temperature: float | None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def order(self) -> str | None:
+        """``right``, ``wrong``, or ``random`` where it surely is not useful; None: too little is known."""
+        if self.agreement is None or self.luck is None or self.error is None:
+            return None
+        if self.luck < SURE:
+            return "right" if self.agreement > 0 else "wrong"
+        return "random" if self.agreement + 2 * self.error < USEFUL else None
 
 
 def examine(said: Said) -> Health:
@@ -79,7 +92,7 @@ def examine(said: Said) -> Health:
     inside = math.sqrt(np.mean([scores[row].var() for row in longer]))
     span = float(np.ptp(scores))
     at_the_ends = np.minimum(scores - scores.min(), scores.max() - scores) <= 1e-3 * span
-    agreements, luck = (np.empty(0), None) if said.labels is None else agreement_of(said, said.labels)
+    with_labels = Agreement(np.empty(0)) if said.labels is None else agreement_of(said, said.labels)
     return Health(
         pairs=len(scores),
         mean=float(scores.mean()),
@@ -87,33 +100,48 @@ def examine(said: Said) -> Health:
         in_list=inside,
         ties=float(np.mean([_ties(scores[row]) for row in longer])),
         saturation=float(at_the_ends.mean()),
-        agreement=float(agreements.mean()) if len(agreements) else None,
-        luck=luck,
-        lists=len(agreements),
+        agreement=with_labels.mean,
+        luck=with_labels.luck,
+        error=with_labels.error,
+        lists=len(with_labels.lists),
         temperature=_temperature(scores, rows, said.labels, inside),
     )
 
 
-def agreement_of(said: Said, others: np.ndarray) -> tuple[np.ndarray, float | None]:
+class Agreement(NamedTuple):
+    """How far two orders agree in each list, how likely a mean so far from 0 is by luck, and its error."""
+
+    lists: np.ndarray
+    luck: float | None = None
+    error: float | None = None
+
+    @property
+    def mean(self) -> float | None:
+        return float(self.lists.mean()) if len(self.lists) else None
+
+
+def agreement_of(said: Said, others: np.ndarray) -> Agreement:
     """How far scores and ``others`` (labels, another teacher's scores) order candidates alike, list by list.
 
-    Returns the agreement of each list in which the others differ (of all pairs as one list, where there is no
-    such list), and how likely a mean so far from 0 is by luck.
+    Of the lists in which the others differ; of all pairs as one list, where there is no such list.
     """
     found = np.array([
         _concordance(said.scores[row], others[row]) for row in _rows(said.lists) if np.ptp(others[row]) > 0
     ])  # fmt: skip
     if len(found):
         if len(found) < LEAST:
-            return found, None
+            return Agreement(found)
         if np.ptp(found) == 0:
-            return found, 1.0 if found[0] == 0 else 0.0
-        return found, float(scipy.stats.ttest_1samp(found, 0.0).pvalue)
-    if len(others) < LEAST or np.ptp(others) == 0:
-        return found, None
+            return Agreement(found, 1.0 if found[0] == 0 else 0.0, 0.0)
+        luck = float(scipy.stats.ttest_1samp(found, 0.0).pvalue)
+        return Agreement(found, luck, float(found.std(ddof=1)) / math.sqrt(len(found)))
+    n = len(others)
+    if n < LEAST or np.ptp(others) == 0:
+        return Agreement(found)
     whole = _concordance(said.scores, others)
     known = np.ptp(said.scores) > 0
-    return np.array([whole]), float(scipy.stats.kendalltau(said.scores, others).pvalue) if known else 1.0
+    luck = float(scipy.stats.kendalltau(said.scores, others).pvalue) if known else 1.0
+    return Agreement(np.array([whole]), luck, math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1))))
 
 
 def ailments(train: Health, held_out: Health | None = None) -> Iterator[str]:
@@ -126,13 +154,13 @@ def ailments(train: Health, held_out: Health | None = None) -> Iterator[str]:
     if train.in_list <= 1e-6 * max(1e-30, abs(train.mean)) or train.spread == 0:
         yield "it says the same of all candidates of a list, so there is nothing to learn from it"
         return
-    best = held_out if held_out is not None and held_out.luck is not None else train
-    if best.agreement is not None and best.luck is not None:
+    best = held_out if held_out is not None and held_out.order is not None else train
+    if best.order is not None:
         over = f"{best.lists:,} lists" if best.lists > 1 else f"{best.pairs:,} pairs"
         told = f"agreement {best.agreement:+.2f} with the labels, over {over}"
-        if best.luck < SURE and best.agreement < 0:
+        if best.order == "wrong":
             yield f"it puts candidates in the wrong order ({told}): is its score a distance, or negated?"
-        elif best.luck >= SURE:
+        elif best.order == "random":
             yield (
                 f"its order cannot be told from a random one ({told}): do its scores belong to these pairs, "
                 f"and its checkpoint to this task?"
@@ -144,7 +172,7 @@ def ailments(train: Health, held_out: Health | None = None) -> Iterator[str]:
             f"{train.saturation:.0%} of its scores stand at the ends of their range: they were squashed (a "
             f"sigmoid, a cut); give its raw logits"
         )
-    if train.in_list > SHARP:
+    if train.in_list > LARGE:
         yield (
             f"its scores spread by {train.in_list:,.0f} inside a list: regression on them would diverge, and "
             f"a softmax say one candidate; divide them, or use a temperature near {_short(train.temperature)}"

@@ -138,7 +138,36 @@ def test_a_run_asks_no_more_for_it_and_a_healthy_teacher_is_not_warned_of(here):
 def test_two_teachers_are_compared(here, tiny_bert):
     here.document["models"]["second"] = here.document["models"]["cross"]
     here.document["losses"]["second"] = {**KL, "from": "second"}
-    assert "models.cross and models.second put nearly all candidates in one order" in here("check").out
+    done = here("check")
+    assert "models.cross and models.second put nearly all candidates in one order" in done.out
+    assert re.search(r"^cross and second on data: agreement \+1.000 over \d+ lists$", done.out, re.M)
+    assert here("run").code == 0
+    (pair,) = json.loads((here.folder / "runs/tiny/metrics.json").read_text())["health"]["between"]
+    assert (pair["one"], pair["other"], pair["agreement"]) == ("cross", "second", 1.0)
+
+
+def test_of_positives_alone_a_run_asks_a_few_and_finds_what_is_negated(here, tmp_path):
+    """As of most retrieval data: beside candidates drawn at random, and once."""
+    for name, key, texts in (("corpus", "_id", 40), ("queries", "_id", 12)):
+        rows = [
+            {key: str(i), "text": ("good " if i < 12 else "bad ") + f"text {name} {i}"} for i in range(texts)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    qrels = "query-id\tcorpus-id\tscore\n" + "".join(f"{i}\t{i}\t1\n" for i in range(12))
+    (tmp_path / "qrels.tsv").write_text(qrels)
+    here.document["data"] = {
+        "type": "distill.data.Retrieval", "path": str(tmp_path), "corpus": "corpus.jsonl",
+        "queries": "queries.jsonl", "qrels": {"train": "qrels.tsv"},
+        "negatives": [{"type": "distill.data.RandomNegatives", "count": 2}],
+    }  # fmt: skip
+    here.change = lambda s: -s
+    done = here("run")
+    assert done.code == 0, done.err
+    assert "models.cross: it puts candidates in the wrong order" in done.err
+    health = json.loads((here.folder / "runs/tiny/metrics.json").read_text())["health"]
+    assert health["teachers"][0]["lists"] == 12 and health["teachers"][0]["agreement"] < -0.8
+    asked = here.asked
+    assert here("run", "name=again").code == 0 and 12 < asked <= 12 * 8 + 12 + 8 and here.asked == 0
 
 
 def test_scores_of_the_data_are_looked_at_without_asking(here, tmp_path):

@@ -56,6 +56,7 @@ def test_healthy_teachers_of_many_seeds_are_left_in_peace(seed):
         ("cut", lambda s: s.clip(-0.5, 1), "squashed"),
         ("labels", lambda s: (s > 2).astype(float), "are ties"),
         ("thousandfold", lambda s: 1000 * s, "regression on them would diverge"),
+        ("thousandfold cosines", lambda s: 1000 * (0.6 + 0.02 * s), "regression on them would diverge"),
     ],
 )
 def test_a_sick_teacher_is_flagged_for_what_it_has(name, change, said):
@@ -69,6 +70,22 @@ def test_shuffled_teachers_are_flagged_on_every_seed_but_a_few():
         draw = np.random.default_rng(seed)
         quiet += not found(changed(teacher(seed=seed), draw.permutation))
     assert quiet <= 4  # one in a hundred is that lucky, one that unlucky
+
+
+@pytest.mark.parametrize("lists", [5, 8, 12, 20, 30])
+def test_of_few_lists_a_good_teacher_is_not_called_random(lists):
+    """Too little is known then; only few of one that knows nothing are told from it."""
+    told = sum(bool(found(teacher(lists=lists, seed=seed))) for seed in range(60))
+    assert told <= 1
+    flagged = [found(teacher(lists=lists, skill=0.0, seed=seed)) for seed in range(60)]
+    assert all("random" in line or "wrong" in line for lines in flagged for line in lines)
+
+
+def test_where_held_out_lists_are_too_few_those_of_training_decide():
+    assert examine(teacher(lists=6, skill=0.8, seed=2)).order is None
+    assert found(teacher(), teacher(lists=6, skill=0.8, seed=2)) == []
+    (line,) = found(changed(teacher(), np.negative), teacher(lists=6, skill=0.8, seed=2))
+    assert "in the wrong order" in line
 
 
 def test_what_was_learnt_by_heart_is_seen_on_held_out_labels():
