@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from distill.errors import RecipeError
 from distill.gradient_cache import cached
 from distill.model import Model
 from distill.objectives.base import Loss, Objective
-from distill.outputs import OF_TOKENS, ROWWISE, Needs, Outputs
+from distill.outputs import AXES, JOINT, OF_TOKENS, ROWWISE, Needs, Outputs
 from distill.pieces import in_pieces
 from distill.processes import world
 
@@ -104,6 +105,9 @@ class DistillationGraph(nn.Module):
         self.trained = frozenset(trained)
         self.keep = keep
         self.autocast: Callable[[], AbstractContextManager] = nullcontext  # of the heavy half
+        self.live: Counter[str] = (
+            Counter()
+        )  # texts and pairs frozen nodes were asked about, which no store keeps
         self.gradient_cache: int | None = None  # rows represented at a time with gradient; None: all at once
         for name, node in self.nodes.items():
             node.requires_grad_(name in self.trained)
@@ -208,6 +212,8 @@ class DistillationGraph(nn.Module):
                     with self.autocast():
                         said[name] = node.represent_of({n: said[n] for n in node.of}, view, needs)
                 else:
+                    if name not in self.trained:
+                        self.live[name] += _size(node.represents(needs), batch)
                     said[name] = self._represent(node, view, needs)
             said[name] = said[name].with_(**dict(known.given()))
         return said
@@ -406,6 +412,14 @@ def _unanswered(node: Model, needs: Needs, known: Outputs) -> Needs:
     there = dict(known.given()).keys()
     left = needs.only(needs.fields - there)
     return needs.only(node.represents(left).fields - there) if left else left
+
+
+def _size(needs: Needs, batch: Batch) -> int:
+    """About how many texts and pairs of a batch a node is asked."""
+    axes = {AXES[name] for name in needs.fields}
+    pairs = batch.mask if needs.first is None or needs.fields - JOINT else batch.mask[:, : needs.first]
+    sizes = {"query": len(batch.mask), "candidate": len(batch.candidate_ids), "pair": int(pairs.sum())}
+    return sum(size for axis, size in sizes.items() if axis in axes)
 
 
 def _said_without(arrow: Arrow, name: str | None) -> frozenset[str]:

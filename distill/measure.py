@@ -10,13 +10,21 @@ import torch
 
 from distill.data.judged import Judged, TextTable
 from distill.errors import RecipeError
-from distill.evaluation import Evaluation, evaluate_model, queries_per_second, size_in_mb, tells_classes
+from distill.evaluation import (
+    Evaluation,
+    evaluate_model,
+    latency,
+    queries_per_second,
+    size_in_mb,
+    tells_classes,
+)
 from distill.evaluation.scoring import can_search, pair_columns
 from distill.evaluation.stored import stored
 from distill.model import Encoder, Model
 from distill.settings import EvaluateSettings
 
 TIMED = 512  # queries whose encoding is timed
+ALONE = 50  # of these, each by itself
 
 
 def can_be_measured(model: Model) -> bool:
@@ -79,11 +87,13 @@ def measure(
 
 
 def entry_of(model: Model, evaluation: Evaluation | None, judged: Judged | None) -> dict[str, Any]:
-    """Size, metrics, and how many queries it encodes a second: what ``metrics.json`` says of a model."""
+    """Size, metrics, and how fast it encodes queries, many and one: what ``metrics.json`` says of a model."""
     entry: dict[str, Any] = {"size_mb": round(size_in_mb(model), 3)}
     if evaluation is not None:
         entry |= evaluation.to_json()
     if judged is not None and isinstance(model, Encoder):
         timed = judged.queries.take(torch.arange(min(TIMED, len(judged.queries))))
         entry["queries_per_second"] = round(queries_per_second(model, timed), 1)
+        alone = [judged.queries.take(torch.tensor([row])) for row in range(min(ALONE, len(judged.queries)))]
+        entry["latency_ms"] = {name: round(ms, 2) for name, ms in latency(model, alone)._asdict().items()}
     return entry

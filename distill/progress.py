@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,20 +44,22 @@ class Progress:
     tokens: int = 0  # ids in its batches
     asked: dict[str, int] = field(default_factory=dict)  # teacher -> texts and pairs it was asked about
     answers: dict[str, int] = field(default_factory=dict)  # teacher -> those heard, each once
+    live: dict[str, int] = field(default_factory=dict)  # teacher -> those asked anew each time (attention)
     health: dict[str, Any] = field(default_factory=dict)  # of the frozen teachers, as they were at the start
 
     def cost(self) -> dict[str, Any]:
         """What the training cost, for ``metrics.json``.
 
         ``teacher_calls`` were made in this run; ``teacher_answers`` are what it would have asked of an empty
-        store (at least, where it was interrupted and samplers brought pairs).
+        store (at least, where it was interrupted and samplers brought pairs). What no store keeps (attention)
+        is in both, each time that it was asked; ``teacher_seconds`` are without it, and with fitting.
         """
         return {
             "seconds": round(self.seconds, 2),
             "teacher_seconds": round(self.asking, 2),
             "tokens": self.tokens,
-            "teacher_calls": self.asked,
-            "teacher_answers": self.answers,
+            "teacher_calls": dict(Counter(self.asked) + Counter(self.live)),
+            "teacher_answers": dict(Counter(self.answers) + Counter(self.live)),
             "peak_memory_mb": peak_memory(),
             "peak_gpu_memory_mb": _peak_gpu_memory(),
         }

@@ -9,7 +9,7 @@ from typing import Any
 from distill.evaluation.metrics import merit
 
 NOTHING = "—"
-HEADER = ("model", "size in MB", "queries/s")  # the metrics stand after the first
+HEADER = ("model", "size in MB", "queries/s", "ms/query")  # the metrics stand after the first
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,13 @@ def row(name: str, entry: Mapping[str, Any], metrics: Sequence[str]) -> list[str
     """A model's row: its name, metrics, size and speed."""
     values = entry.get("metrics", {})
     numbers = [_number(values.get(metric)) for metric in metrics]
-    size, speed = entry.get("size_mb"), entry.get("queries_per_second")
+    size, speed, alone = (entry.get(key) for key in ("size_mb", "queries_per_second", "latency_ms"))
     return [
         name,
         *numbers,
         NOTHING if size is None else f"{size:.1f}",
         NOTHING if speed is None else f"{speed:,.0f}",
+        NOTHING if alone is None else f"{alone['median']:.1f}",
     ]
 
 

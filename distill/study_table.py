@@ -30,6 +30,7 @@ class Measured:
     per_query: pd.DataFrame
     cost: Mapping[str, Any]
     queries_per_second: float | None = None
+    latency_ms: float | None = None  # median, of one query by itself
     teachers: Mapping[str, Mapping[str, float | None]] | None = None  # metrics of those that were measured
 
 
@@ -45,6 +46,7 @@ def measured_in(folder: Path) -> Measured:
         frame[frame["model"] == keep].reset_index(drop=True),
         said.get("cost", {}),
         models[keep].get("queries_per_second"),
+        models[keep].get("latency_ms", {}).get("median"),
         {name: e.get("metrics", {}) for name, e in models.items() if name not in (keep, "baseline")},
     )
 
@@ -131,6 +133,7 @@ def _summary(cells: Mapping[int, Measured], metrics: Sequence[str]) -> dict[str,
             "teacher_seconds": round(sum(one.get("teacher_seconds", 0.0) for one in cost), 2),
         },
         "queries_per_second": _mean([cell.queries_per_second for cell in cells.values()]),
+        "latency_ms": _mean([cell.latency_ms for cell in cells.values()]),
     }
 
 
@@ -234,14 +237,24 @@ def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         "difference",
         confidence,
     ]
-    header += ["p", "p (Holm)", "detectable", "seeds better", "answers", "M tokens", "seconds", "queries/s"]
+    header += [
+        "p",
+        "p (Holm)",
+        "detectable",
+        "seeds better",
+        "answers",
+        "M tokens",
+        "seconds",
+        "queries/s",
+        "ms/query",
+    ]
     rows = []
     for data, found in sets.items():
         for place, metric in enumerate(found["metrics"]):
             for name, entry in found["variants"].items():
                 value, test = entry["metrics"][metric], entry.get("tests", {}).get(metric)
                 told = _told(test) if test else [NOTHING] * 6
-                cost = _cost(entry) if place == 0 else [""] * 4
+                cost = _cost(entry) if place == 0 else [""] * 5
                 where = [data] if several else []
                 rows.append(
                     [*where, name, metric, _four(value["mean"]), _four(value["spread"]), *told, *cost]
@@ -261,13 +274,14 @@ def _told(test: Mapping[str, Any]) -> list[str]:
 
 
 def _cost(entry: Mapping[str, Any]) -> list[str]:
-    cost, speed = entry["cost"], entry["queries_per_second"]
+    cost, speed, alone = entry["cost"], entry["queries_per_second"], entry.get("latency_ms")
     tokens, seconds = cost["tokens"], cost["seconds"]
     return [
         f"{cost['teacher_answers']:,.0f}",
         NOTHING if tokens is None else f"{tokens / 1e6:.2f}",
         NOTHING if seconds is None else f"{seconds:,.0f}",
         NOTHING if speed is None else f"{speed:,.0f}",
+        NOTHING if alone is None else f"{alone:.1f}",
     ]
 
 
@@ -289,7 +303,8 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"Differences are over queries, users or pairs, averaged over seeds; detectable: what such a test "
         f"would find with {results['power']:.0%} power; answers: texts and pairs that teachers were heard "
-        f"about; tokens and seconds: of one training, without asking teachers."
+        f"about; tokens and seconds: of one training, without asking what the store keeps; queries/s: of "
+        f"many together; ms/query: of one by itself, the median."
     )
     if results.get("jobs", 1) > 1:
         yield f"{results['jobs']} trainings ran at a time, which seconds and queries/s suffer from."

@@ -119,7 +119,9 @@ class Trainer:
             RunError: A loss or a gradient that is not finite; says which arrow it came from.
             KeyboardInterrupt: After the step at hand and a checkpoint.
         """
+        start = time.monotonic()
         fit_teachers(self.graph, judged_sources(self.source))
+        fitting = time.monotonic() - start
         checkpoint = from_first(latest(self._checkpoints))
         torch.manual_seed(self.settings.seed + rank())
         if checkpoint is not None:
@@ -129,6 +131,7 @@ class Trainer:
             if self.settings.minutes and not self._steps_given:
                 self._fit_to_time()
         if self.progress.step < self.progress.steps and not self.progress.stopped:
+            self.progress.asking += fitting
             self._train()
         wait()
         if (self._best / "model.safetensors").exists():
@@ -259,6 +262,7 @@ class Trainer:
             self.progress.health = health_at_start(memory)
             self._recalled = RecalledBatches(memory, self.source)
             self._spent = (self.progress.asking, Counter(self.progress.asked))
+            self._live_before = Counter(self.progress.live)
         batch = self._recalled.batch(epoch, step)
         return batch.to(self.accelerator.device)
 
@@ -273,6 +277,7 @@ class Trainer:
         p, memory, (asking, asked) = self.progress, self._recalled.memory, self._spent
         p.seconds, p.tokens = p.seconds + seconds, p.tokens + tokens
         p.asking, p.asked = asking + memory.seconds, dict(asked + memory.asked)
+        p.live = dict(self._live_before + self.graph.live)
         heard = memory.answers
         p.answers = {name: max(heard[name], p.answers.get(name, 0)) for name in heard | Counter(p.answers)}
 

@@ -1,6 +1,6 @@
 """What a model is worth: metrics, search, fidelity to its teacher, cost, and whether a gain is luck."""
 
-from distill.evaluation.cost import queries_per_second, size_in_mb
+from distill.evaluation.cost import latency, queries_per_second, size_in_mb
 from distill.evaluation.evaluate import Evaluation, check_measurable, evaluate_model, tells_classes
 from distill.evaluation.fidelity import fidelity
 from distill.evaluation.metrics import (
@@ -42,6 +42,7 @@ __all__ = [
     "pairs",
     "parse_metric",
     "power",
+    "latency",
     "queries_per_second",
     "ranking",
     "score_listed",

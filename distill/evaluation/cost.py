@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import nn
 
 from distill.evaluation.scoring import serving
@@ -28,6 +29,27 @@ def _parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     yield from model.parameters()
     for part in getattr(model, "parts", {}).values():
         yield from _parameters(part)
+
+
+class Latency(NamedTuple):
+    """Milliseconds that one query takes, by itself."""
+
+    median: float
+    p95: float
+
+
+def latency(model: Encoder, queries: Sequence[Any]) -> Latency:
+    """How long ``encode_queries`` takes for each of these, which hold one query each, after a warm-up."""
+    if not len(queries):
+        raise ValueError("need a query to time, got none.")
+    seconds = []
+    with serving(model):
+        for query in (queries[0], *queries):
+            start = time.perf_counter()
+            model.encode_queries(query)
+            seconds.append(time.perf_counter() - start)
+    found = np.percentile(seconds[1:], [50, 95]) * 1e3
+    return Latency(float(found[0]), float(found[1]))
 
 
 def queries_per_second(model: Encoder, queries: Sequence[Any], repeats: int = 5) -> float:

@@ -43,15 +43,17 @@ def test_a_run_ends_with_one_table_the_folder_and_answers(finished):
     place, done = finished
     assert done.code == 0
     rows = re.findall(
-        r"^  (cross|student|student without teachers) +(\S+) +(\S+) +(\S+) +(\S+) *$", done.out, re.M
+        r"^  (cross|student|student without teachers) +(\S+) +(\S+) +(\S+) +(\S+) +(\S+) *$", done.out, re.M
     )
     assert [row[0] for row in rows] == ["cross", "student", "student without teachers"]
     measured = json.loads((place.runs / "tiny/metrics.json").read_text())["models"]
-    for (_, ndcg, recall, size, speed), name in zip(rows, ("cross", "student", "baseline"), strict=True):
+    for (_, ndcg, recall, size, speed, alone), name in zip(
+        rows, ("cross", "student", "baseline"), strict=True
+    ):
         assert ndcg == f"{measured[name]['metrics']['nDCG@10']:.4f}"
         assert recall == f"{measured[name]['metrics']['Recall@100']:.4f}"
         assert float(size) == pytest.approx(measured[name]["size_mb"], abs=0.06)
-        assert (speed == "—") == (name == "cross")  # a cross-encoder cannot be indexed
+        assert (speed == "—") == (alone == "—") == (name == "cross")  # a cross-encoder cannot be indexed
     assert str(place.runs / "tiny") in done.out
     answers = done.out.partition("river [bold] water\n")[2]
     assert re.match(r"(   [123]  -?\d\.\d{4}  d\d+  \S.*\n){3}cat\n", answers)
@@ -79,8 +81,8 @@ def test_a_finished_run_prints_its_table_again_and_does_nothing_else(finished):
 def test_the_table_is_left_as_markdown(finished):
     text = (finished[0].runs / "tiny/results.md").read_text()
     header, rule, *rows = text.splitlines()
-    assert header == "| model | nDCG@10 | Recall@100 | size in MB | queries/s |"
-    assert rule == "|:--|--:|--:|--:|--:|"
+    assert header == "| model | nDCG@10 | Recall@100 | size in MB | queries/s | ms/query |"
+    assert rule == "|:--|--:|--:|--:|--:|--:|"
     assert rows[2].startswith("| student without teachers | ")
 
 

@@ -142,6 +142,48 @@ def test_frozen_models_answer_in_eval_and_without_gradient_at_every_step():
     assert not any(p.requires_grad for p in graph.nodes["teacher"].parameters())
 
 
+def test_what_a_frozen_node_is_asked_live_is_counted_and_what_the_batch_knows_is_not():
+    """All of it is cost; a node that learns is not asked, it is trained."""
+    arrows = [
+        Arrow("scores", ScoreKL(), "student", "teacher"),
+        Arrow("vectors", EmbeddingMatch(), "student", "known"),
+        Arrow("labels", SampledSoftmax(), "student"),
+    ]
+    graph = DistillationGraph(
+        {"student": Table(), "teacher": Scorer(), "known": Table()}, arrows, ["student"]
+    )
+    batch = Batch.of_scores(3, 4)
+    batch.mask[0, 3] = False
+    known = graph.nodes["known"].represent(batch, Needs("queries", "candidates"))
+    stored = replace(batch, stored={"known": known})
+    graph(stored)
+    assert graph.live == {"teacher": 11}
+    graph(batch)
+    assert graph.live == {"teacher": 22, "known": 3 + 12}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_second_pass_of_a_node_by_another_name_has_dropout_of_its_own(dropout):
+    """Dual regularisation: each pass learns from the other, and without dropout they say the same."""
+
+    class Dropping(Table):
+        def represent(self, batch, needs):
+            said = super().represent(batch, needs)
+            return said.with_(queries=nn.functional.dropout(said.queries, dropout, self.training))
+
+    node = Dropping()
+    arrows = [
+        Arrow("dual", ScoreKL(), "student", "again", detach=False),
+        Arrow("back", ScoreKL(), "again", "student", detach=False),
+    ]
+    graph = DistillationGraph({"student": node, "again": node}, arrows, ["student", "again"]).train()
+    losses = graph(Batch.of_scores(4, 5))
+    assert len(node.calls) == 2
+    assert all((loss.loss.sum() > 1e-3) == (dropout > 0) for loss in losses.values())
+    losses["dual"].loss.sum().backward()
+    assert (node.vectors.weight.grad.abs().sum() > 1e-6) == (dropout > 0)
+
+
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_tail_learns_from_an_arrow_only_if_it_is_not_detached(detach):
     arrows = [

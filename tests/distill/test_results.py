@@ -18,12 +18,12 @@ def run(metric: str = "nDCG@10", **values: float | None) -> dict[str, Any]:
 
 def test_teachers_come_first_and_the_student_alone_last():
     table = results(run(student=0.5, cross=0.6, other=None, baseline=0.4))
-    assert table.header == ["model", "nDCG@10", "size in MB", "queries/s"]
+    assert table.header == ["model", "nDCG@10", "size in MB", "queries/s", "ms/query"]
     assert table.rows == [
-        ["cross", "0.6000", "12.3", "—"],
-        ["other", "—", "12.3", "—"],
-        ["student", "0.5000", "12.3", "—"],
-        ["student without teachers", "0.4000", "12.3", "—"],
+        ["cross", "0.6000", "12.3", "—", "—"],
+        ["other", "—", "12.3", "—", "—"],
+        ["student", "0.5000", "12.3", "—", "—"],
+        ["student without teachers", "0.4000", "12.3", "—", "—"],
     ]
 
 
@@ -68,8 +68,8 @@ def test_the_student_is_compared_with_itself_without_teachers():
 def test_a_run_without_metrics_still_has_a_table():
     table = results({"keep": "student", "models": {"student": {"size_mb": 1.0}}})
     assert (table.header, table.rows) == (
-        ["model", "size in MB", "queries/s"],
-        [["student", "1.0", "—"]],
+        ["model", "size in MB", "queries/s", "ms/query"],
+        [["student", "1.0", "—", "—"]],
     )
 
 
@@ -79,7 +79,7 @@ def test_references_come_first_and_are_no_teachers():
         "random": {"metrics": {"nDCG@10": 0.1}},
     }
     table = results(run(student=0.5, baseline=0.4) | {"references": references})
-    assert table.rows[:2] == [["popularity", "0.9000", "—", "—"], ["random", "0.1000", "—", "—"]]
+    assert table.rows[:2] == [["popularity", "0.9000", "—", "—", "—"], ["random", "0.1000", "—", "—", "—"]]
     assert [row[0] for row in table.rows[2:]] == ["student", "student without teachers"]
     assert table.gap == ""
 

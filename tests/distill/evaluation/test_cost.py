@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from distill.evaluation import queries_per_second, size_in_mb
+from distill.evaluation import latency, queries_per_second, size_in_mb
 
 
 def test_a_shared_parameter_is_counted_once_and_half_precision_as_float32():
@@ -31,6 +31,14 @@ def test_the_rate_is_the_median_without_the_warm_up(monkeypatch):
     assert model.training
 
 
+def test_latency_is_of_each_query_by_itself_without_the_warm_up(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    assert latency(Clocked(clock), [["a"], ["b"], ["c"], ["d"], ["e"]]) == pytest.approx((2000.0, 6000.0))
+
+
 def test_nothing_to_time_is_refused():
+    with pytest.raises(ValueError, match="need a query"):
+        latency(Clocked([0.0]), [])
     with pytest.raises(ValueError, match="need a query"):
         queries_per_second(Clocked([0.0]), [])
