@@ -196,7 +196,7 @@ class VirtualInteraction(OverTexts):
             where = f"data set '{batch.source}': " if batch.source else ""
             which = int((batch.query_ids, batch.candidate_ids)[side][rows[empty[0]]])
             raise DataError(
-                f"{where}{('query', 'candidate')[side]} {which} (of the distinct texts, from 0) has no "
+                f"{where}{('query', 'candidate')[side]} row {which} (from 0) has no "
                 f"token, so there is nothing to attend to. Remove empty texts."
             )
         if not self.interaction:

@@ -300,7 +300,7 @@ class ColBERT(Encoder):
     ) -> Tensor:
         """Scores [n] float32 on the CPU, of n raw pairs."""
         scores = [torch.zeros(0)]
-        for part in in_slices(len(queries), 4096, progress, "pairs"):
+        for part in in_slices(len(queries), 2048, progress, "pairs"):
             (q, query), (c, candidate) = _distinct(queries[part]), _distinct(candidates[part])
             scores.append(maxsim_pairs(self.encode_queries(q), self.encode_candidates(c), query, candidate))
         return torch.cat(scores)

@@ -110,7 +110,7 @@ class CrossEmbedding(ReadsPairs):
         ):
             if len(empty := (texts.lengths == 0).nonzero()[:, 0]):
                 raise DataError(
-                    f"data set '{batch.source}': {side} {int(ids[empty[0]])} (of its distinct texts, from 0) "
+                    f"data set '{batch.source}': {side} row {int(ids[empty[0]])} (from 0) "
                     f"has no token, so there is nothing to take the mean of. Remove empty texts."
                 )
         joint = self._joint(queries, candidates)  # [2, n, D]

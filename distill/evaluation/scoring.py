@@ -20,6 +20,8 @@ from distill.evaluation.search import places, search, search_maxsim, top
 from distill.model import Encoder
 from distill.processes import gather, in_shares, share
 
+PAIRS_AT_ONCE = 4096  # whose texts' vectors, or tokens, are laid side by side
+
 
 class PairScorer(Protocol):
     """A model that reads query and candidate together, so that it can re-rank but not search.
@@ -82,7 +84,7 @@ def score(
     if can_search(model) or encodes_apart(model):
         queries, q = _encoded(model.encode_queries, judged.queries, query, progress, model)
         candidates, c = _encoded(model.encode_candidates, judged.candidates, candidate, progress, model)
-        parts = zip(q.split(2**14), c.split(2**14), strict=True)
+        parts = zip(q.split(PAIRS_AT_ONCE), c.split(PAIRS_AT_ONCE), strict=True)
         if encodes_apart(model):
             own = (model.score_encoded(_rows(queries, i), _rows(candidates, j)) for i, j in parts)
             return torch.cat([torch.empty(0), *own])

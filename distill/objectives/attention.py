@@ -212,8 +212,8 @@ def _check_tokens(
         if len(gone := (~mask.any(dim=1)).nonzero()[:, 0]):
             row = int(gone[0])
             raise DataError(
-                f"Data set '{batch.source}': of query {int(batch.query_ids[rows[row]])} and candidate "
-                f"{int(batch.candidate_ids[listed[row]])} (of its distinct texts, from 0) no token of the "
+                f"Data set '{batch.source}': of query row {int(batch.query_ids[rows[row]])} and candidate "
+                f"row {int(batch.candidate_ids[listed[row]])} (from 0) no token of the "
                 f"{side} is left that student and teacher have both read. Raise max_length, or lower the "
                 f"teacher's query_max_length; remove empty texts"
                 + (", and those of punctuation alone." if punctuation else ".")

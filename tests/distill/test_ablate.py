@@ -17,7 +17,7 @@ import torch
 
 from distill.ablate import _why
 from distill.cli import main
-from distill.evaluation import compare
+from distill.evaluation import compare, holm
 from distill.recipe import read_yaml
 from distill.run import Runs
 from distill.trainer import Trainer
@@ -395,6 +395,25 @@ def test_a_process_that_the_system_killed_is_told_as_such(tmp_path):
     why = _why(-signal.SIGKILL, tmp_path / "log.txt")
     assert "SIGKILL" in why and "out of memory" in why and "step 3 of 8" in why
     assert _why(1, tmp_path / "log.txt").startswith("step 3 of 8")
+
+
+def test_a_study_over_two_data_sets_has_a_table_a_winner_and_folders_of_each(here):
+    here.study["data"] = {"four": {}, "two": {"set": {"data.lists.candidates": 2}}}
+    done = here("ablate", "seeds=[1]")
+    assert done.code == 0, done.err
+    study = here.runs / "mine/study"
+    recipes = {
+        (data, variant): read_yaml(study / data / variant / "seed1/recipe.yaml")
+        for data in ("four", "two") for variant in ("alone", "taught")
+    }  # fmt: skip
+    width = {place: recipe["data"]["lists"]["candidates"] for place, recipe in recipes.items()}
+    assert width == {place: 4 if place[0] == "four" else 2 for place in recipes}
+    assert [*here.results["data"]] == ["four", "two"]
+    assert all(found["winner"]["of"] == 2 for found in here.results["data"].values())
+    assert re.search(r"^two: winner: ", done.out, re.M)
+    assert "| data | variant | metric |" in (study / "results.md").read_text()
+    p = [here.results["data"][d]["variants"]["taught"]["tests"]["nDCG@10"] for d in ("four", "two")]
+    assert [test["p_holm"] for test in p] == holm([test["p_value"] for test in p])
 
 
 def test_other_seeds_first_keep_what_is_finished(here, monkeypatch):

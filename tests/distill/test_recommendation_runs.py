@@ -8,6 +8,8 @@ from ruamel.yaml import YAML
 
 from distill.open import open_model
 from distill.paths import recipes_folder
+from distill.recipe import load_recipe
+from distill.run import Runs
 from tests.distill.workplace import distill
 
 pytest.importorskip("lightgbm")
@@ -45,6 +47,9 @@ def test_a_ranker_and_gradient_boosting_teach_one_two_tower(place):
     }
     document["losses"]["trees"] = {**document["losses"]["soft"], "from": "boosting"}
     document["train"] |= {"epochs": 2, "evaluate_every": 1}
+    scoring = Runs(place / "runs").scoring(load_recipe(written(place, document)))
+    scoring.fill()  # as a study does before it starts several trainings: the boosting is fitted first
+    assert scoring.memory.asked["boosting"] > 0
     done = distill("run", written(place, document), "--runs", place / "runs")
     assert done.code == 0, done.err
     said = json.loads((place / "runs/mine/metrics.json").read_text())

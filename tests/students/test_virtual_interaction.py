@@ -170,7 +170,7 @@ def test_a_saved_one_opens_with_equal_logits(virtual, tmp_path):
 def test_a_text_without_a_token_is_refused(virtual):
     """The mean over nothing is no number."""
     model = virtual()
-    with pytest.raises(DataError, match=r"query 1 \(of the distinct texts, from 0\) has no token"):
+    with pytest.raises(DataError, match=r"query row 1 \(from 0\) has no token"):
         answer(model, batch_of(model, queries=["wing", "", "ship"]), "scores")
 
 

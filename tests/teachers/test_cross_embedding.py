@@ -131,7 +131,7 @@ def test_a_cached_gradient_is_that_of_the_whole_batch_and_the_geometry_teaches_t
 
 def test_a_text_without_a_token_is_refused(model):
     """Its mean would be 0 / 0, and its neighbourhood anything."""
-    with pytest.raises(DataError, match=r"data set 'here': query 1 \(of .* has no token"):
+    with pytest.raises(DataError, match=r"data set 'here': query row 1 \(from 0\) has no token"):
         model.represent(batch_of(model, ["wing", "", "ship"]), Needs("scores"))
 
 

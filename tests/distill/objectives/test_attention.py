@@ -255,13 +255,15 @@ def test_other_ids_are_refused_before_training(tiny_bert, tmp_path):
 def test_a_text_with_no_token_left_is_named(tiny_bert):
     student, _ = ends(tiny_bert)
     cross = CrossEncoder(tiny_bert(num_labels=1), precision="no", max_length=7)  # the query alone fills it
-    with pytest.raises(DataError, match=r"'wings': of query 0 and candidate 0 .* no token of the candidate"):
+    with pytest.raises(
+        DataError, match=r"'wings': of query row 0 and candidate row 0 .* no token of the candidate"
+    ):
         graph_of(student, cross, AttentionKL())(batch_of(student))
     batch = batch_of(student)
     (key,) = batch.queries
     empty = Ragged.of([[], [5], [6]], dtype=torch.int32)
     _, cross = ends(tiny_bert)
-    with pytest.raises(DataError, match=r"of query 0 .* no token of the query"):
+    with pytest.raises(DataError, match=r"of query row 0 .* no token of the query"):
         graph_of(student, cross, AttentionKL())(
             Batch(batch.index, batch.mask, batch.query_ids, batch.candidate_ids,
                   queries={key: empty}, candidates=batch.candidates, source="wings")
