@@ -7,7 +7,7 @@
 
 Each run is an ordinary ``distill run`` or ``distill ablate`` under ``runs/``; its figures are copied to
 ``benchmarks/results/recipes/NAME.json``, one file per recipe, overrides and seed, those of a study to
-``benchmarks/results/studies/NAME.json``, with its table and its plot, and how all seeds with
+``benchmarks/results/studies/NAME.json``, with its table, its plot and every query's value, and how all seeds with
 teachers compare with all without to ``benchmarks/results/compared/NAME.json``.
 """
 
@@ -132,7 +132,7 @@ def study(name: str, jobs: int = 1) -> None:
     if ablation.failed:
         raise SystemExit(f"{len(ablation.failed)} trainings failed: {ablation.failed}")
     STUDIES.mkdir(parents=True, exist_ok=True)
-    for kept in ("results.json", "results.md", "plot.png"):
+    for kept in ("results.json", "results.md", "plot.png", "per_query.parquet"):
         to = (STUDIES / Path(name).name).with_suffix(Path(kept).suffix)
         shutil.copyfile(ablation.folder / kept, to)
 
