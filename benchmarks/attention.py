@@ -3,9 +3,10 @@
     python benchmarks/attention.py --output attention.cpu.json
 
 A forward of six layers over 256 of WikiQA's pairs (docstrings where that is not there), as a teacher reads a
-batch, a logit of each: alone, while the last layer is heard, and while all are. The aim is less than a tenth
-more for a layer. The last line is a JSON object; ``ratio`` is time with the last layer heard over time
-without, ``ratio_all`` with all of them.
+batch, a logit of each: alone, while the last layer is heard, and while all are. Then a forward and a backward
+over a quarter of them, as a student learns. The aim is less than a tenth more for a layer. The last line is a
+JSON object; ``ratio`` is time with the last layer heard over time without, ``ratio_all`` with all of them,
+``ratio_learning`` with all of them while learning.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ PAIRS = 256
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     device = device_of(arguments.device)
     from distill.nn.precision import resolve_precision, serving_autocast
+    from students import BiEncoder
     from teachers import CrossEncoder
 
     model = CrossEncoder(arguments.model, classes=1).to(device)
@@ -35,6 +37,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     asked, read = (model.column.encode(texts) for texts in (queries, candidates))
     ids, types = model.encoder.tokenizer.frame_pairs(asked, read, model.max_length, model.query_max_length)
     heads = {"logits": lambda output, mask: output.logits}
+
+    few = torch.arange(len(ids) // 4)
+    fewer, their_types = ids.select(few), None if types is None else types.select(few)
 
     def forward(layers: list[int]) -> Callable[[], float]:
         def timed() -> float:
@@ -46,10 +51,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
         return timed
 
+    def step(layers: list[int]) -> Callable[[], float]:
+        read = {"first": lambda output, mask: output.last_hidden_state[:, 0]}
+
+        def timed() -> float:
+            start = time.perf_counter()
+            with serving_autocast(model):
+                said = learning.read(fewer, their_types, read, layers=layers)
+            sum(one.float().square().sum() for one in said.values()).backward()
+            wait_for(device)
+            return round(time.perf_counter() - start, 4)
+
+        return timed
+
+    learning = BiEncoder(arguments.model, dropout=0.0).to(device).query_tower.encoder.train()
+    every = [*range(model.sizes["layers"])]
     sides = {
         "alone": forward([]),
         "last": forward([-1]),
-        "all": forward([*range(model.sizes["layers"])]),
+        "all": forward(every),
+        "learning": step([]),
+        "learning_all": step(every),
     }
     for side in sides.values():
         side()  # a warm-up
@@ -63,6 +85,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "quick": arguments.quick,
         "ratio": ratio,
         "ratio_all": round(least["all"] / least["alone"], 3),
+        "ratio_learning": round(least["learning_all"] / least["learning"], 3),
         "aim": AIM,
         "reached": ratio <= AIM,
         "pairs": len(queries),

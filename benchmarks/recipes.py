@@ -7,8 +7,8 @@
 
 Each run is an ordinary ``distill run`` or ``distill ablate`` under ``runs/``; its figures are copied to
 ``benchmarks/results/recipes/NAME.json``, one file per recipe, overrides and seed, those of a study to
-``benchmarks/results/studies/NAME.json``, with its table, its plot and every query's value, and how all seeds with
-teachers compare with all without to ``benchmarks/results/compared/NAME.json``.
+``benchmarks/results/studies/NAME.json``, with its table, its plot and every query's value, and how all
+seeds with teachers compare with all without to ``benchmarks/results/compared/NAME.json``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -25,16 +25,20 @@ Heard = tuple[Tensor, Tensor, float]  # queries [n, H, T, d], keys [n, G, T, d],
 
 
 class Listener:
-    """What the layers of one forward hand over; layers are told apart by their order."""
+    """Told of the layers of one forward as they answer; layers are told apart by their order.
 
-    def __init__(self, layers: Collection[int]):
-        self.layers = layers
-        self.heard: dict[int, Heard] = {}
+    Args:
+        take: Given the number of a layer, and what it said.
+        layers: Whose numbers ``take`` wants to hear of.
+    """
+
+    def __init__(self, layers: Collection[int], take: Callable[[int, Heard], None]):
+        self.layers, self.take = layers, take
         self.passed = 0  # layers that have answered
 
     def hear(self, query: Tensor, key: Tensor, scaling: float | None) -> None:
         if self.passed in self.layers:
-            self.heard[self.passed] = (query, key, scaling or query.shape[-1] ** -0.5)
+            self.take(self.passed, (query, key, scaling or query.shape[-1] ** -0.5))
         self.passed += 1
 
 
@@ -77,11 +81,15 @@ def can_listen(backbone: Any) -> bool:
 
 
 @contextmanager
-def listening(backbone: Any, layers: Sequence[int]) -> Iterator[list[Heard]]:
+def listening(
+    backbone: Any, layers: Sequence[int], take: Callable[[int, Heard], None] | None = None
+) -> Iterator[list[Heard]]:
     """Inside, one forward of the transformer; afterwards the list holds what each layer said.
 
     Args:
         layers: Which ones; -1 is the last.
+        take: Gets what a layer said at once, with its place in ``layers``, and the list stays empty: so
+            nothing is held until the forward ends.
 
     Raises:
         RecipeError: It has no such layer.
@@ -90,7 +98,16 @@ def listening(backbone: Any, layers: Sequence[int]) -> Iterator[list[Heard]]:
     total = backbone.config.num_hidden_layers
     if beyond := [layer for layer in layers if not -total <= layer < total]:
         raise RecipeError(f"attention of layer {beyond[0]} is asked for, and there are {total} layers.")
-    listener, found = Listener({layer % total for layer in layers}), list[Heard]()
+    places: dict[int, list[int]] = {}
+    for place, layer in enumerate(layers):
+        places.setdefault(layer % total, []).append(place)
+    held, found = dict[int, Heard](), list[Heard]()
+
+    def hear(layer: int, heard: Heard) -> None:
+        for place in places[layer]:
+            (take or held.__setitem__)(place, heard)
+
+    listener = Listener(places, hear)
     token = _LISTENER.set(listener)
     try:
         yield found
@@ -101,19 +118,18 @@ def listening(backbone: Any, layers: Sequence[int]) -> Iterator[list[Heard]]:
             f"{type(backbone).__name__} of {total} layers passed {listener.passed} times through its "
             f"attention, so its layers cannot be told apart."
         )
-    found += [listener.heard[layer % total] for layer in layers]
+    found += [held[place] for place in range(len(layers))] if take is None else []
 
 
-def by_place(heard: Sequence[Heard]) -> Iterator[Tensor]:
-    """Query and key of l layers, in turn, at each of the n * T places of a chunk: 2 l of [n * T, H, d].
+def by_place(heard: Heard) -> tuple[Tensor, Tensor]:
+    """Query and key of a layer at each of the n * T places of a chunk: [n * T, H, d] each.
 
     The queries are scaled; grouped keys are repeated, so that each head of queries has its own.
     """
-    for query, key, scale in heard:
-        groups = query.shape[1] // key.shape[1]
-        queries, keys = (x.transpose(1, 2).flatten(0, 1) for x in (query, key))
-        yield queries * scale
-        yield keys.repeat_interleave(groups, dim=1) if groups > 1 else keys
+    query, key, scale = heard
+    groups = query.shape[1] // key.shape[1]
+    queries, keys = (x.transpose(1, 2).flatten(0, 1) for x in (query, key))
+    return queries * scale, keys.repeat_interleave(groups, dim=1) if groups > 1 else keys
 
 
 def side_by_side(heard: Sequence[Heard], real: Tensor) -> Tensor:
@@ -123,36 +139,36 @@ def side_by_side(heard: Sequence[Heard], real: Tensor) -> Tensor:
         heard: Of each layer.
         real: The places [t] of the real tokens among the n * T of the chunk.
     """
-    said = [x.index_select(0, real) for x in by_place(heard)]
+    said = [x.index_select(0, real) for layer in heard for x in by_place(layer)]
     return torch.stack(said, dim=1).unflatten(1, (len(heard), 2))
 
 
 class InPlace:
-    """What ``side_by_side`` says of n tokens, by chunks, from any thread, each in its place: no gradient.
+    """What ``side_by_side`` says of n tokens, by chunks, from any thread, each layer at once in its place.
 
-    Nothing of it is held twice: touching so much memory for the first time takes as long as filling it.
+    Nothing of it is held twice, as touching so much memory for the first time takes as long as filling it;
+    and there is no gradient.
     """
 
-    def __init__(self, n: int):
-        self.n, self.lock = n, threading.Lock()
+    def __init__(self, n: int, layers: int):
+        self.n, self.layers, self.lock = n, layers, threading.Lock()
         self.rows: Tensor | None = None  # [n + 1, 2 l, H, d], the last row for padding
 
-    def put(self, heard: Sequence[Heard], real: Tensor, places: Tensor) -> None:
-        """Of the ``real`` tokens [t] among those of the chunk, at their ``places`` [t] among the n."""
-        n, _, length, _ = heard[0][0].shape
-        to = torch.full((n * length,), self.n, device=real.device).index_copy_(0, real, places)
-        for column, values in enumerate(by_place(heard)):
-            rows = self._rows(2 * len(heard), values)
-            if values.device.type == "cpu":  # in a third of torch's time
-                _cells(rows)[to.numpy(), column] = _cells(values)
-            else:
-                rows[:, column].index_copy_(0, to, values)
+    def rows_of(self, mask: Tensor, places: Tensor) -> Tensor:
+        """Which row each of the m * T places of a chunk goes to: of real tokens (mask [m, T]) their place."""
+        real = mask.flatten().nonzero()[:, 0]
+        return torch.full((mask.numel(),), self.n, device=mask.device).index_copy_(0, real, places)
 
-    def _rows(self, columns: int, like: Tensor) -> Tensor:
-        with self.lock:
-            if self.rows is None:
-                self.rows = _empty(self.n + 1, columns, like=like)
-            return self.rows
+    def put(self, layer: int, heard: Heard, to: Tensor) -> None:
+        """What a layer said at the places of a chunk, by ``rows_of``."""
+        for side, values in enumerate(by_place(heard)):
+            with self.lock:
+                if self.rows is None:
+                    self.rows = _empty(self.n + 1, 2 * self.layers, like=values)
+            if values.device.type == "cpu":  # in a third of torch's time
+                _cells(self.rows)[to.numpy(), 2 * layer + side] = _cells(values)
+            else:
+                self.rows[:, 2 * layer + side].index_copy_(0, to, values)
 
     def said(self) -> Tensor:
         """[n, l, 2, H, d]."""

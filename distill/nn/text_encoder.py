@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from torch import Tensor, nn
 from distill.batch import Ragged
 from distill.errors import RecipeError
 from distill.hub.checkpoint import position_limit
-from distill.nn.attention import InPlace, can_listen, listening, side_by_side, use_attention
+from distill.nn.attention import (
+    InPlace,
+    by_place,
+    can_listen,
+    listening,
+    side_by_side,
+    use_attention,
+)
 from distill.nn.cpu_serving import serving_copy
 from distill.nn.cpu_streams import in_streams, learn_in_streams, stream_count
 from distill.nn.cpu_training import prepare_for_cpu
@@ -152,34 +160,29 @@ class TextEncoder(nn.Module):
         device = next(self.backbone.parameters()).device
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.backbone.parameters())
         training = (learning or self.training) and device.type == "cpu"
-        if (
-            training
-            and rows
-            and not (tokens or layers or hidden or attended is not None)
-            and takes_packed(self.backbone)
-        ):
-            return self._packed(ids, types, rows)
+        if training and not (hidden or attended is not None) and takes_packed(self.backbone):
+            return self._packed(ids, types, rows or {}, tokens or {}, layers)
         chunks = self.cut(ids.lengths, self.chunk_tokens or (CHUNK_TOKENS if device.type == "cpu" else 65536))
         backbone = self.backbone if learning or self.training else self._serving(device)
         embedded = self._embedded(ids.to(device)) if learning else None
         tokens_of = Ragged(torch.arange(len(ids.values), device=ids.offsets.device), ids.offsets)
-        placed = InPlace(len(ids.values)) if layers and not torch.is_grad_enabled() else None
+        placed = InPlace(len(ids.values), len(layers)) if layers and not torch.is_grad_enabled() else None
 
         def answer(chunk: tuple[Tensor, int]) -> dict[str, Any]:
             given, mask = self._given(ids, types, chunk, embedded, attended)
             if hidden:
                 given["output_hidden_states"] = True
             said: dict[str, Any] = {}
-            if layers:
+            if not layers:
+                output = backbone(**given)
+            elif placed is not None:
+                to = placed.rows_of(mask, tokens_of.select(chunk[0]).values.to(device))
+                with listening(backbone, layers, partial(placed.put, to=to)):
+                    output = backbone(**given)
+            else:
                 with listening(backbone, layers) as heard:
                     output = backbone(**given)
-                real = mask.flatten().nonzero()[:, 0]
-                if placed is None:
-                    said["attention"] = side_by_side(heard, real)
-                else:
-                    placed.put(heard, real, tokens_of.select(chunk[0]).values.to(device))
-            else:
-                output = backbone(**given)
+                said["attention"] = side_by_side(heard, mask.flatten().nonzero()[:, 0])
             with torch.autocast(mask.device.type, enabled=False):
                 said |= {name: head(output, mask).float() for name, head in (rows or {}).items()}
                 said |= {name: head(output, mask)[mask].float() for name, head in (tokens or {}).items()}
@@ -201,8 +204,15 @@ class TextEncoder(nn.Module):
             if name not in found
         }
 
-    def _packed(self, ids: Ragged, types: Ragged | None, heads: Mapping[str, Head]) -> dict[str, Tensor]:
-        """``read`` for heads of texts, while learning on a CPU: texts end to end, in chunks of equal work."""
+    def _packed(
+        self,
+        ids: Ragged,
+        types: Ragged | None,
+        of_texts: Mapping[str, Head],
+        of_tokens: Mapping[str, Head],
+        layers: Sequence[int],
+    ) -> dict[str, Tensor]:
+        """``read`` while learning on a CPU: texts end to end, in chunks of equal work."""
         backbone = self.backbone
         order = torch.argsort(ids.lengths, stable=True, descending=True)
         chunks = min(chunk_count(len(ids.values), self.chunk_tokens or CHUNK_TOKENS), len(ids))
@@ -219,17 +229,34 @@ class TextEncoder(nn.Module):
             given = {"inputs_embeds": packing.rounded(words)[None], "position_ids": positions[None]}
             if types is not None:
                 given["token_type_ids"] = packing.rounded(types.select(rows[chunk]).values.long())[None]
-            return backbone(**given, packing=packing).last_hidden_state[0]
+            if not layers:
+                return backbone(**given, packing=packing).last_hidden_state[0]
+            with listening(backbone, layers) as heard:
+                output = backbone(**given, packing=packing).last_hidden_state[0]
+            return torch.cat([output, *(x.flatten(1) for one in heard for x in by_place(one))], dim=1)
 
-        hidden = learn_in_streams(run, words.split([int(p.lengths.sum()) for p in packings]), backbone)
-        parts: dict[str, list[Tensor]] = {name: [] for name in heads}
+        sizes = [int(packing.lengths.sum()) for packing in packings]
+        said = learn_in_streams(run, words.split(sizes), backbone)
+        parts: dict[str, list[Tensor]] = {name: [] for name in (*of_texts, *of_tokens)}
+        size = words.shape[-1]
         with torch.autocast("cpu", enabled=False):
-            for packing, packed in zip(packings, hidden, strict=True):
-                for bucket, padded in zip(packing.buckets, packing.padded(packed), strict=True):
-                    for name, head in heads.items():
+            for packing, packed in zip(packings, said, strict=True):
+                for bucket, padded in zip(packing.buckets, packing.padded(packed[:, :size]), strict=True):
+                    for name, head in of_texts.items():
                         parts[name].append(head(Hidden(padded), bucket.mask).float())
-        back = torch.cat(rows).argsort()
-        return {name: torch.cat(part)[back] for name, part in parts.items()}
+                    for name, head in of_tokens.items():
+                        parts[name].append(head(Hidden(padded), bucket.mask)[bucket.mask].float())
+        order = torch.cat(rows)
+        back = {name: order.argsort() for name in of_texts}
+        if layers or of_tokens:
+            tokens = Ragged(torch.arange(len(ids.values)), ids.offsets).select(order).values.argsort()
+            back |= {name: tokens for name in of_tokens}
+        found = {name: torch.cat(part).index_select(0, back[name]) for name, part in parts.items()}
+        if layers:
+            none = self.no_attention(layers)
+            heard = torch.cat([packed[:n, size:] for packed, n in zip(said, sizes, strict=True)])
+            found["attention"] = heard.index_select(0, tokens).view(-1, *none.shape[1:]).to(none.dtype)
+        return found
 
     def _embedded(self, ids: Ragged) -> Tensor:
         """The word embeddings of all ids, and a last row of zeros, which pads."""

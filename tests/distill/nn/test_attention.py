@@ -94,12 +94,15 @@ def test_gradients_pass_through_what_is_heard(checkpointed, family, texts):
     ours.read(ids, layers=[-1])["attention"].square().sum().backward()
     learnt = {name: p.grad.abs().sum().item() for name, p in ours.named_parameters() if p.grad is not None}
     assert sum(learnt.values()) > 0 and any("layer.2" in name and "query" in name for name in learnt)
-    assert not any("layer.2.output" in name for name in learnt)  # behind the last attention
+    assert not any(learnt[name] for name in learnt if "layer.2.output" in name)  # behind the last attention
     reference = encoder(family("bert"))
     reference.read(ids, layers=[-1])["attention"].square().sum().backward()
+    noise = 1e-7 * max(learnt.values())  # of key biases, which a softmax does not see
     for name, p in reference.named_parameters():
         if p.grad is not None:
-            assert learnt[name] == pytest.approx(p.grad.abs().sum().item(), rel=1e-4), name
+            assert learnt.get(name, 0.0) == pytest.approx(p.grad.abs().sum().item(), rel=1e-4, abs=noise), (
+                name
+            )
 
 
 def test_a_layer_that_is_not_there_and_an_attention_of_another_kind_are_refused(family, texts):
