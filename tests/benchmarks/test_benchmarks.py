@@ -116,6 +116,9 @@ def test_memory_with_a_cached_gradient(tiny_bert, data, tmp_path):
 def test_listening_to_attention(tiny_bert, data, tmp_path):
     result = last_line("attention", tiny_bert, data, tmp_path, "--device", "cpu", "--rounds", "2")
     seconds = result["seconds"]
-    assert {len(runs) for runs in seconds.values()} == {2} and set(seconds) == {"alone", "last", "all"}
+    assert {len(runs) for runs in seconds.values()} == {2}
+    assert set(seconds) == {"alone", "last", "all", "learning", "learning_all"}
     assert result["ratio"] == pytest.approx(min(seconds["last"]) / min(seconds["alone"]), abs=1e-3)
+    ratio = min(seconds["learning_all"]) / min(seconds["learning"])
+    assert result["ratio_learning"] == pytest.approx(ratio, abs=1e-3)
     assert result["pairs"] > 0 and result["tokens"] > result["pairs"]
