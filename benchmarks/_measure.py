@@ -100,8 +100,8 @@ class Peak:
             self.rates[name] = max(self.rates[name], peak(self.device, dtype, self.seconds))
 
     def share(self, flops: float, seconds: float) -> float:
-        """Which share of the bf16 rate ``flops`` in ``seconds`` are."""
-        return round(flops / seconds / self.rates["bf16"], 4)
+        """Which share of the faster rate ``flops`` in ``seconds`` are: that of bf16 where it is native."""
+        return round(flops / seconds / max(self.rates.values()), 4)
 
     def tera(self) -> dict[str, float]:
         return {name: round(rate / 1e12, 3) for name, rate in self.rates.items()}
