@@ -151,8 +151,8 @@ class Ablation:
                 log.info("%s: %s is a run of the same, and is taken for it", name, folder)
             for name, teachers in self.outdated(cells, finished).items():
                 log.warning(
-                    "%s was trained before %s was made again, and is compared with runs that heard the "
-                    "new one. Remove its folder to train it anew.",
+                    "%s was trained before %s was made again (or removed since), and is compared with runs "
+                    "that heard the new one. Remove its folder to train it anew.",
                     name, " and ".join(teachers),
                 )  # fmt: skip
             for name in dict.fromkeys(name for cell in waiting for name in runs_in(cell.recipe.models)):

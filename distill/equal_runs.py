@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from distill.errors import UserError
 from distill.hub.files import read_json
 from distill.one_run import FINISHED
-from distill.recipe import read_yaml
+from distill.recipe import load_recipe, read_yaml
 from distill.settings import Recipe
 
 RECIPE = "recipe.yaml"
@@ -60,8 +60,15 @@ class EqualRuns:
 def made_again_since(run: Path, recipe: Recipe, folder: Path) -> list[str]:
     """The models of other runs that are newer than a finished run that used them, or gone."""
     made = (run / FINISHED).stat().st_mtime
-    asked = {name: folder / name / FINISHED for name in runs_in(recipe.models)}
+    asked = {name: folder / _run_of(name) / FINISHED for name in runs_in(recipe.models)}
     return [name for name, path in asked.items() if not path.exists() or path.stat().st_mtime >= made]
+
+
+def _run_of(asked: str) -> str:
+    """The name of the run of a recipe that is asked for by its name or file."""
+    with suppress(UserError):
+        return load_recipe(asked).name
+    return asked
 
 
 def trained_and_measured(recipe: Recipe, steps: int) -> str:

@@ -311,7 +311,7 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
     for cell, folder in results.get("taken", {}).items():
         yield f"{cell} is the equal run that lies in {folder}."
     for cell, teachers in results.get("outdated", {}).items():
-        yield f"{cell} was trained before {' and '.join(teachers)} was made again."
+        yield f"{cell} was trained before {' and '.join(teachers)} was made again, or removed since."
     for cell, why in results.get("failed", {}).items():
         yield f"failed: {cell}: {why}"
 

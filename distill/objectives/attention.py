@@ -123,9 +123,13 @@ class AttentionObjective(Objective):
             t = there.layer(above)
             taught = self._blocks(q.placed(x)[0][rows], c.placed(y)[0][listed], masks, self.by_tokens)
             told = self._blocks(t.placed(x, 0)[0], t.placed(y, 1)[0], masks)
+            if self.official:  # counts rows that are not read by both; they are to say nothing
+                taught, told = (
+                    (_filled(one, masks[0]), _filled(two, masks[1])) for one, two in (taught, told)
+                )
             return sum(
                 (
-                    self.between(_filled(one, of[0]), _filled(two, of[0]), *of)
+                    self.between(one, two, *of)
                     for one, two, of in zip(taught, told, (masks, masks[::-1]), strict=True)
                 ),
                 start=torch.zeros(len(rows), device=rows.device),

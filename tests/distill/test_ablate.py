@@ -435,8 +435,9 @@ def test_who_learnt_from_a_teacher_that_was_made_again_is_told(here, monkeypatch
     path = here.folder / "cross.yaml"
     path.write_text(json.dumps(cross))
     here.recipe["models"]["cross"]["checkpoint"] = {"run": str(path)}
-    assert here("ablate", "seeds=[1]").code == 0
-    assert here.results["outdated"] == {}
+    for _ in range(2):
+        assert here("ablate", "seeds=[1]").code == 0
+        assert here.results["outdated"] == {}
     later = (here.runs / "mine/study/taught/seed1/metrics.json").stat().st_mtime + 5
     os.utime(here.runs / "cross/metrics.json", (later, later))
     done = here("ablate", "seeds=[1]")
