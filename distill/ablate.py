@@ -16,19 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
-import torch
 
 from distill.console import markdown_table
 from distill.equal_runs import RECIPE, EqualRuns, made_again_since, runs_in
 from distill.errors import Mistakes, RecipeError, RunError, UserError
-from distill.hub.files import atomic_write_text, read_json
+from distill.hub.files import atomic_write_text
 from distill.jobs import Job, run_jobs
 from distill.lock import only_run_in
 from distill.one_run import FINISHED, environment
 from distill.plan import Plan, heard_by
 from distill.processes import from_first, is_first, world
 from distill.recipe import read_yaml
+from distill.room import Room
 from distill.run import Runs, as_yaml
 from distill.settings import Recipe, Study
 from distill.study import Cell, cells_of, compared_with, has_own_steps, metrics_of, recipes_of
@@ -210,7 +209,7 @@ class Ablation:
         for first in {(cell.data, cell.variant): cell for cell in reversed(waiting)}.values():
             with suppress(UserError, RunError):  # its own cells will fail of it, and be told
                 self.runs.scoring(first.recipe).fill()
-        room = _Room.free(self.jobs, self.memory)
+        room = Room.free(self.jobs, self.memory)
         for cell in cells:
             room.learn(cell, finished.get(cell.recipe.name, self.runs.folder / cell.recipe.name))
         at_once = 1
@@ -299,48 +298,6 @@ class _Clock:
         left = mean * (self.cells - done) / max(1, at_once)
         words = f", about {max(1, round(left / 60))} min left" if done < self.cells else ""
         log.info("%d of %d cells done (%s took %.0f s)%s", done, self.cells, cell, seconds, words)
-
-
-@dataclass
-class _Room:
-    """Which cells may run at the same time: what their variants have held before must fit together.
-
-    A variant that has not run yet is taken for twice the largest of the others; the first of all runs alone.
-    """
-
-    jobs: int
-    memory: dict[str, float]  # in MB, by the name under which a run's cost tells its peak
-    peaks: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)  # of (data, variant)
-
-    @classmethod
-    def free(cls, jobs: int, memory: float | None) -> _Room:
-        """``memory``: GB of the machine's; None: what is free now. Of a GPU, what is free now."""
-        room = {
-            "peak_memory_mb": (psutil.virtual_memory().available if memory is None else memory * 1e9) / 1e6
-        }
-        if torch.cuda.is_available():
-            room["peak_gpu_memory_mb"] = torch.cuda.mem_get_info()[0] / 1e6
-        return cls(jobs, room)
-
-    def learn(self, cell: Cell, folder: Path) -> None:
-        """What a finished run has held."""
-        if (path := folder / FINISHED).exists():
-            cost, known = (
-                read_json(path).get("cost", {}),
-                self.peaks.setdefault((cell.data, cell.variant), {}),
-            )
-            for name in self.memory:
-                known[name] = max(known.get(name, 0.0), cost.get(name) or 0.0)
-
-    def holds(self, cells: Sequence[Cell]) -> bool:
-        places = [(cell.data, cell.variant) for cell in cells]
-        if len(cells) > self.jobs or not self.peaks:
-            return False
-        for name, there in self.memory.items():
-            most = max(known[name] for known in self.peaks.values())
-            if sum(self.peaks.get(place, {name: 2 * most})[name] for place in places) > there:
-                return False
-        return True
 
 
 def _why(code: int, log: Path) -> str:

@@ -13,7 +13,7 @@ from distill.paths import replacing
 def plot(results: Mapping[str, Any], path: Path) -> None:
     """Draw what ``results.json`` says, a panel per data set, in the metric that decides.
 
-    Dots are single seeds, bars the interval over queries.
+    Dots are single seeds, bars the interval over queries, users or pairs.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -60,5 +60,6 @@ def _panel(axes: Any, found: Mapping[str, Any], title: str, confidence: float) -
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.margins(y=0.2)
-    axes.set_xlabel(f"difference in {metric} ({confidence:.0%} interval over queries; dots: seeds)")
+    unit = next(entry["tests"][metric]["of"] for entry in tested.values())
+    axes.set_xlabel(f"difference in {metric} ({confidence:.0%} interval over {unit}; dots: seeds)")
     axes.set_title(title)
