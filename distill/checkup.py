@@ -13,11 +13,13 @@ import torch
 
 from distill.batch import Ragged
 from distill.data.dataset import DataSet
-from distill.data.judged import Judged, TextTable
+from distill.data.interaction_source import InteractionSource
+from distill.data.judged import Judged, Table, TextTable
 from distill.data.lists import Lists
-from distill.data.source import TextSource, generator_of
+from distill.data.source import JudgedSource, TextSource, generator_of
 from distill.graph import DistillationGraph
 from distill.health import SHARP, SURE, Health, Said, agreement_of, ailments, examine, misheard
+from distill.model import Model
 from distill.outputs import Needs
 from distill.results import NOTHING
 from distill.store import Listener, TeacherMemory, of_pairs
@@ -72,6 +74,15 @@ class Between(NamedTuple):
         return f"{self.one} and {self.other} on {self.data}: agreement {self.agreement:+.3f} over {over}"
 
 
+class Checkup(NamedTuple):
+    """What ``check`` found of the teachers; of those that it did not ask, why not."""
+
+    patients: list[Patient]
+    between: list[Between]
+    warnings: list[str]
+    not_asked: dict[str, str]
+
+
 def health_at_start(memory: TeacherMemory) -> dict[str, Any]:
     """The health of the teachers that the store holds: warned of in the log, returned for ``metrics.json``.
 
@@ -103,10 +114,9 @@ def checkup(
     data: Mapping[str, DataSet],
     precision: Precision,
     queries: int,
-    without: Collection[str] = (),
-) -> tuple[list[Patient], list[Between], list[str]]:
-    """The health of frozen teachers on lists of train, and of dev as held out; how far any two agree; and
-    what is wrong, in words.
+    unmade: Collection[str] = (),
+) -> Checkup:
+    """The health of frozen teachers on lists of train, and of dev as held out; how far any two agree.
 
     What is not known of the sample is asked, and kept in the teacher store.
 
@@ -114,8 +124,13 @@ def checkup(
         graph: On its device, with its autocast set.
         data: By the names that arrows are limited to.
         queries: How many queries' lists of each split are looked at.
-        without: Teachers that are not to be asked.
+        unmade: Teachers that are not there yet.
     """
+    frozen = set(graph.nodes) - graph.trained
+    not_asked = {name: "the run that makes it comes first" for name in sorted(frozen.intersection(unmade))}
+    for name in sorted(frozen - set(unmade)):
+        if type(graph.nodes[name]).fit is not Model.fit and graph.nodes[name].identity is None:
+            not_asked[name] = "it is fitted when the recipe is run, and looked at then"
     patients: list[Patient] = []
     for name, part in data.items():
         for split in ("train", "dev"):
@@ -123,9 +138,8 @@ def checkup(
                 continue
             if (sample := sample_of(part.split(split), queries)) is None:
                 continue
-            teachers = set(graph.nodes) - set(without)
-            patients += _of_sample(graph, name, sample, precision, split, teachers)[0]
-    return patients, list(between(patients)), list(_warnings(graph, patients))
+            patients += _of_sample(graph, name, sample, precision, split, frozen - set(not_asked))[0]
+    return Checkup(patients, list(between(patients)), list(_warnings(graph, patients)), not_asked)
 
 
 def _of_sample(
@@ -137,7 +151,8 @@ def _of_sample(
     teachers: Collection[str],
 ) -> tuple[list[Patient], TeacherMemory]:
     """The health of some teachers on a sample of a data set, and the memory by which they were asked."""
-    source = TextSource(sample, len(sample.queries), int(sample.listed.lengths.max()), name=name)
+    kind: type[JudgedSource] = TextSource if isinstance(sample.queries, TextTable) else InteractionSource
+    source = kind(sample, len(sample.queries), int(sample.listed.lengths.max()), name=name)
     source.prepare(*graph.columns())
     memory = TeacherMemory(graph, {name: source}, precision, mend=False)
     memory.listeners = [one for one in memory.listeners if one.name in teachers]
@@ -146,14 +161,12 @@ def _of_sample(
 
 
 def sample_of(judged: Judged, queries: int) -> Judged | None:
-    """The lists of some queries; None: nobody lists anything, or they are no texts.
+    """The lists of some queries; None: nobody lists anything.
 
     Where only positives are listed and others are searched for (retrieval), lists are filled up with
     candidates drawn at random, which count as not relevant.
     """
     asked, there = judged.queries, judged.candidates
-    if not (isinstance(asked, TextTable) and isinstance(there, TextTable)):
-        return None
     lists = Lists(judged)
     having = (lists.rows.lengths > 0).nonzero()[:, 0]
     if not len(having):
@@ -164,8 +177,10 @@ def sample_of(judged: Judged, queries: int) -> Judged | None:
     rows = lists.rows.select(chosen).truncate(LONGEST)
     entries = Ragged(lists.entries, lists.rows.offsets).select(chosen).truncate(LONGEST).values
     labels = None if judged.labels is None else judged.labels[entries]
-    scores = {name: values[entries] for name, values in judged.scores.items()}
-    if judged.task == "retrieval" and labels is not None and not scores:
+    scores, pair = (
+        {name: values[entries] for name, values in given.items()} for given in (judged.scores, judged.pair)
+    )
+    if judged.task == "retrieval" and labels is not None and not (scores or pair):
         drawn = torch.randint(len(judged.candidates), (len(chosen), FILLED), generator=generator)
         drawn = there.same[drawn]
         new = ~judged.is_positive(chosen[:, None].expand_as(drawn), drawn)
@@ -177,19 +192,22 @@ def sample_of(judged: Judged, queries: int) -> Judged | None:
         rows = _beside(rows, more)
     kept, place = rows.values.unique(return_inverse=True)
 
-    def table(of: TextTable, chosen: torch.Tensor) -> TextTable:
-        places = chosen.tolist()
-        return TextTable([of.ids[row] for row in places], [of.texts[row] for row in places])
-
     return Judged(
         judged.task,
-        table(asked, chosen),
-        table(there, kept),
+        _chosen(asked, chosen),
+        _chosen(there, kept),
         Ragged(place, rows.offsets),
         labels,
         scores,
         judged.name,
+        pair,
     )
+
+
+def _chosen(table: Table, rows: torch.Tensor) -> Table:
+    if isinstance(table, TextTable):
+        return TextTable([table.ids[row] for row in rows.tolist()], table.take(rows))
+    return table.take(rows)
 
 
 def _beside(one: Ragged, other: Ragged) -> Ragged:

@@ -111,7 +111,7 @@ def check(
         print(f"columns: {'; '.join(told) or 'none'}")
         print("\n".join([plan.training(), *plan.costs(all_runs.judged(plan))]))
         if sample:
-            _checkup(*all_runs.checkup(plan, sample))
+            _checkup(all_runs.checkup(plan, sample))
 
 
 @app.command()
@@ -339,13 +339,14 @@ def search(
         answer(index_folder(folder, runs), asked, k, model, runs)
 
 
-def _checkup(patients: Sequence[Any], between: Sequence[Any], warnings: Sequence[str]) -> None:
-    """The health of teachers: their figures, how far they agree, then what is wrong, in words."""
+def _checkup(found: Any) -> None:
+    """The health of teachers: their figures, how far they agree, who was not asked, then what is wrong."""
     from distill.checkup import HEADER
 
-    if patients:
-        print_table(HEADER, [patient.row() for patient in patients], text_columns=3)
-    for line in (*between, *(f"warning: {one}" for one in warnings)):
+    if found.patients:
+        print_table(HEADER, [patient.row() for patient in found.patients], text_columns=3)
+    not_asked = (f"{name} was not asked: {why}" for name, why in found.not_asked.items())
+    for line in (*found.between, *not_asked, *(f"warning: {one}" for one in found.warnings)):
         print(line)
 
 

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from distill.build import Builder
-from distill.checkup import Between, Patient, checkup
+from distill.checkup import Checkup, checkup
 from distill.data.judged import Table
 from distill.errors import RecipeError
 from distill.hub.files import atomic_write_text
@@ -150,10 +150,10 @@ class Runs:
         scoring = Scoring(plan.recipe, self._builder(self._configuration_of), plan.data, mend=False)
         return {place: 0 if place[1] in unmade else known for place, (_, known) in scoring.counts().items()}
 
-    def checkup(self, plan: Plan, queries: int) -> tuple[list[Patient], list[Between], list[str]]:
+    def checkup(self, plan: Plan, queries: int) -> Checkup:
         """The health of the frozen teachers that are there, asked about the lists of so many queries."""
         if not set(plan.graph.nodes) - plan.graph.trained:
-            return [], [], []
+            return Checkup([], [], [], {})
         builder, unmade = self._builder(self._configuration_of), self._unmade(plan.recipe)
         scoring = Scoring(plan.recipe, builder, plan.data, mend=False)
         return checkup(scoring.graph, plan.data, plan.recipe.train.store, queries, unmade)

@@ -1,6 +1,7 @@
 """Recommendation through the command: trained, measured, saved, opened, indexed and searched; and refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -66,6 +67,36 @@ def test_a_ranker_and_gradient_boosting_teach_one_two_tower(place):
     )
 
 
+def test_check_asks_a_frozen_ranker_and_says_whom_it_does_not_ask(place):
+    document = recipe_of("recsys/simulated")
+    document["data"] |= FEW | {"c": 3.0}
+    teacher = {key: part for key, part in document.items() if key not in ("baseline", "evaluate")} | {
+        "name": "teacher",
+        "keep": "ranker",
+        "models": {"ranker": document["models"]["ranker"]},
+        "losses": {"ranker_labels": document["losses"]["ranker_labels"]},
+        "train": {**document["train"], "epochs": 20, "evaluate_every": 20},
+    }
+    (place / "teacher.yaml").write_text(json.dumps(teacher))
+    made = {"checkpoint": {"run": str(place / "teacher.yaml")}, "train": False}
+    document["models"]["ranker"] = document["models"]["ranker"] | made
+    document["models"]["boosting"] = {"type": "teachers.GradientBoosting", "features": {"data": "data"}}
+    document["losses"] = {
+        "soft": document["losses"]["soft"],
+        "trees": {**document["losses"]["soft"], "from": "boosting"},
+    }
+    path = written(place, document)
+    done = distill("check", path, "--runs", place / "runs")
+    assert done.code == 0, done.err
+    assert "ranker was not asked: the run that makes it comes first" in done.out
+    assert "boosting was not asked: it is fitted when the recipe is run" in done.out
+    assert distill("run", place / "teacher.yaml", "--runs", place / "runs").code == 0
+    done = distill("check", path, "--runs", place / "runs")
+    assert done.code == 0, done.err
+    ((pairs, agreement),) = re.findall(r"^ +ranker +data +train +(\d+) .* (\S+) +\S+ *$", done.out, re.M)
+    assert pairs == "300" and float(agreement) > 0.5 and "ranker was not asked" not in done.out
+
+
 def test_a_student_that_reads_what_only_training_knows_is_refused(place):
     document = recipe_of("recsys/simulated")
     document["data"] |= FEW
@@ -116,6 +147,27 @@ def test_films_are_learnt_indexed_and_a_user_is_answered(place, films):
     assert done.code == 0 and len(done.out.splitlines()) == 4, done.err
     done = distill("index", "mine", films / "movies.csv", "evaluate.split=dev", "--runs", place / "runs")
     assert done.code == 2 and "evaluate.split=dev: keys of a recipe, but" in done.err
+
+
+def test_a_frozen_two_tower_is_asked_about_films_drawn_beside_those_taken(place, films):
+    document = recipe_of("recsys/dssm_movielens")
+    document["data"] = {**document["data"], "path": str(films), "negatives": []}
+    document["losses"]["labels"].pop("log_q")
+    document["train"] = {"steps": 2, "batch_size": 32}
+    (place / "teacher.yaml").write_text(json.dumps({**document, "name": "teacher"}))
+    assert distill("run", place / "teacher.yaml", "--runs", place / "runs").code == 0
+    made = {"checkpoint": {"run": str(place / "teacher.yaml")}, "train": False}
+    document["models"]["teacher"] = document["models"]["student"] | made
+    kl = {"type": "distill.objectives.ScoreKL", "from": "teacher", "to": "student", "in_batch": True}
+    document["losses"]["order"] = kl
+    path = written(place, document)
+    done = distill("check", path, "--runs", place / "runs")
+    assert done.code == 0, done.err
+    (pairs,) = re.findall(r"^ +teacher +data +train +([\d,]+) .* [+-]0\.\d+ +\S+ *$", done.out, re.M)
+    assert int(pairs.replace(",", "")) > 2 * 64  # each of 64 moments with what was taken there, and others
+    assert distill("run", path, "--runs", place / "runs").code == 0
+    health = json.loads((place / "runs/mine/metrics.json").read_text())["health"]
+    assert health["teachers"][0]["lists"] == 32 and health["teachers"][0]["pairs"] > 2 * 32
 
 
 def test_a_correction_that_the_samplers_cannot_tell_is_refused(place, films):
