@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -417,9 +418,14 @@ def test_a_study_over_two_data_sets_has_a_table_a_winner_and_folders_of_each(her
 
 
 def test_other_seeds_first_keep_what_is_finished(here, monkeypatch):
-    """The first seed's runs measure the teachers too; to be the first is no reason to be trained again."""
+    """The first seed's runs measure the teachers too; to be the first is no reason to be trained again.
+
+    Nor is it that the weights are gone, as where a cell comes from another machine.
+    """
     here.recipe["evaluate"]["teachers"] = True
     assert here("ablate", "seeds=[1,2]").code == 0
+    for weights in (here.runs / "mine/study").glob("*/*/student"):
+        shutil.rmtree(weights)
     seen = watch(monkeypatch)
     done = here("ablate", "seeds=[3,2,1]")
     assert done.code == 0, done.err
