@@ -16,6 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = f"{_caches.name}/huggingface"
 os.environ["DISTILL_CACHE"] = f"{_caches.name}/distill"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:  # several run tests side by side: a thread each
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("HF_DATASETS_CACHE", None)
 os.environ.pop("HF_MODULES_CACHE", None)
 
