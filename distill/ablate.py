@@ -161,6 +161,7 @@ class Ablation:
                 self._one_by_one(waiting, clock)
             elif waiting:
                 self._several(cells, finished, waiting, clock)
+            log.info("comparing what %d cells reached: minutes, if over thousands of pairs", len(cells))
             return self._compare(cells, finished)
 
     def finished(self, cells: Sequence[Cell]) -> dict[str, Path]:

@@ -18,6 +18,7 @@ os.environ["DISTILL_CACHE"] = f"{_caches.name}/distill"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" in os.environ:  # several run tests side by side: a thread each
     os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("COLUMNS", None)  # else tables would be as wide as some terminal
 os.environ.pop("HF_DATASETS_CACHE", None)
 os.environ.pop("HF_MODULES_CACHE", None)
 
