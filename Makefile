@@ -19,7 +19,7 @@ test demo: export HF_HUB_OFFLINE = 1
 test demo: export TOKENIZERS_PARALLELISM = false
 
 test: lint  ## check style and types, then run the whole test suite
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-dev  ## check style and types
 	$(BIN)/ruff check .
