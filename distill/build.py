@@ -33,6 +33,7 @@ SOURCE_KEYS = (
     "candidates",
     "negatives",
     "with_positive",
+    "listed_negatives",
     "topics",
     "repeat",
     "path",

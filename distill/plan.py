@@ -103,6 +103,7 @@ class Plan:
             for node in self.graph.asked(arrows):
                 if not self.graph.nodes[node].of:
                     lines += self._costs(node, source, where, (judged or {}).get((name, node)))
+            lines += _places(source, where)
             for sampler in source.negatives:
                 told = sampler.costs(self.graph, source.judged, source.query_rows)
                 lines += [f"{where}{line}" for line in told]
@@ -381,6 +382,14 @@ def split_to_measure(recipe: Recipe, data: Mapping[str, DataSet]) -> tuple[str, 
         + "; ".join(f"{name}: {', '.join(part.splits)}" for name, part in data.items())
         + "."
     )
+
+
+def _places(source: JudgedSource, where: str) -> Iterator[str]:
+    """How much of a query's list its own candidates leave to the samplers."""
+    asked = min(source.width, sum(sampler.count for sampler in source.listing))
+    if (left := source.places_of_samplers()) < asked:
+        share = f"samplers bring {left:.1f} of {asked} candidates a query, its listed ones the others"
+        yield where + share + ("" if left > asked / 2 else "; with `listed_negatives: 0` all would be theirs")
 
 
 def _sides(node: Model, source: JudgedSource) -> Iterator[tuple[Table, Sequence[Readable]]]:

@@ -13,15 +13,17 @@ from distill.data.judged import Judged
 class Lists:
     """A judged split's lists: each query's distinct candidates, positives first.
 
-    A candidate that a query lists twice, by row or by text, is kept once, with its highest label.
+    A candidate that a query lists twice, by row or by text, is kept once, with its highest label. ``most``
+    is how many of a query's others are drawn at most; None: as many as fit.
     """
 
     rows: Ragged  # rows of candidates (the first of each text), per query
     entries: Tensor  # [T] where each stands in judged.listed.values, hence in labels and scores
     positives: Tensor  # [queries] how many of a query's rows are positives
-    longest: int  # the most that one query can list: one positive, and all others
+    longest: int  # the most that one query can list: one positive, and all others, or `most` of them
 
-    def __init__(self, judged: Judged):
+    def __init__(self, judged: Judged, most: int | None = None):
+        self.most = len(judged.listed.values) if most is None else most
         n = len(judged.queries)
         queries = torch.arange(n).repeat_interleave(judged.listed.lengths).numpy()
         entries = np.arange(len(queries))
@@ -34,7 +36,7 @@ class Lists:
             self.rows = Ragged(torch.from_numpy(candidates), judged.listed.offsets)
             self.entries = torch.from_numpy(entries)
             self.positives = torch.from_numpy(np.bincount(queries[labels > 0], minlength=n))
-            self.longest = min(1, len(entries))
+            self.longest = int(self.sizes().max()) if n else 0
             return
         order = np.lexsort((entries, -labels, candidates, queries))
         first = np.ones(len(order), dtype=bool)
@@ -46,8 +48,12 @@ class Lists:
         self.rows = Ragged.of_lengths(torch.from_numpy(candidates[kept]), torch.from_numpy(lengths))
         self.entries = torch.from_numpy(kept)
         self.positives = torch.from_numpy(np.bincount(queries[kept[labels[kept] > 0]], minlength=n))
-        most = self.rows.lengths - self.positives + self.positives.clamp(max=1)
-        self.longest = int(most.max()) if n else 0
+        self.longest = int(self.sizes().max()) if n else 0
+
+    def sizes(self) -> Tensor:
+        """How many candidates each query lists [queries], if all that may be listed fits."""
+        others = (self.rows.lengths - self.positives).clamp(max=self.most)
+        return others + self.positives.clamp(max=1)
 
     def draw(
         self, queries: Tensor, width: int, epoch: int, generator: torch.Generator
@@ -59,13 +65,14 @@ class Lists:
         start, counts = self.rows.offsets[queries], self.positives[queries]
         positive = start + (queries + epoch) % counts.clamp(min=1)
         others = self.rows.lengths[queries] - counts
+        most = others.clamp(max=self.most)
         longest = int(others.max()) if len(others) else 0
         lots = torch.rand(len(queries), longest, generator=generator)
         lots.masked_fill_(torch.arange(longest) >= others[:, None], 2.0)
         take = min(width, longest)
         chosen = lots.topk(take, dim=1, largest=False).indices  # without replacement
         has = counts > 0
-        room = torch.minimum(others, width - has.long())
+        room = torch.minimum(most, width - has.long())
         real = torch.cat([has[:, None], torch.arange(take) < room[:, None]], dim=1)
         places = torch.cat([positive[:, None], (start + counts)[:, None] + chosen], dim=1)
         return places.masked_fill(~real, 0), real

@@ -84,7 +84,8 @@ class JudgedSource(Source):
 
     A query lists one of its positives, in turn from epoch to epoch, then listed candidates that are not
     positive (drawn anew each epoch if there are more than fit), then what the samplers find, up to
-    ``candidates``. Candidates with equal content are one. Without queries a batch is candidates only.
+    ``candidates``. So samplers only fill what a list leaves free: ``listed_negatives`` gives them more.
+    Candidates with equal content are one. Without queries a batch is candidates only.
 
     Args:
         judged: The split.
@@ -95,6 +96,8 @@ class JudgedSource(Source):
         seed: Of the order and of all that is drawn.
         name: What batches and errors call it.
         with_positive: Leave out the queries without a positive.
+        listed_negatives: At most so many of a query's listed candidates that are not positive; 0: all its
+            negatives are the samplers'. None: as many as fit.
     """
 
     def __init__(
@@ -106,14 +109,17 @@ class JudgedSource(Source):
         seed: int = 0,
         name: str = "data",
         with_positive: bool = False,
+        listed_negatives: int | None = None,
     ):
         if batch_size < 1 or candidates < 1:
             raise ValueError(f"batch_size ({batch_size}) and candidates ({candidates}) must be at least 1.")
+        if listed_negatives is not None and listed_negatives < 0:
+            raise ValueError(f"listed_negatives must be 0 or more, got {listed_negatives}.")
         if negatives and not len(judged.candidates):
             raise ValueError(f"{judged.name}: there are no candidates that negatives could be drawn from.")
         self.judged, self.batch_size, self.seed, self.name = judged, batch_size, seed, name
         self.negatives = tuple(negatives)
-        self.lists = Lists(judged)
+        self.lists = Lists(judged, listed_negatives)
         self.with_positive = with_positive
         if with_positive and not (self.lists.positives > 0).any():
             raise ValueError(f"{judged.name}: with_positive leaves nothing, no query has a positive.")
@@ -247,6 +253,11 @@ class JudgedSource(Source):
     def listing(self) -> list[Negatives]:
         """The samplers whose candidates are listed; the others' are the whole batch's."""
         return [sampler for sampler in self.negatives if not sampler.background]
+
+    def places_of_samplers(self) -> float:
+        """How many places of a query's list its own candidates leave to the samplers, on average."""
+        left = self.width - self.lists.sizes()[self.query_rows].clamp(max=self.width)
+        return left.double().mean().item() if len(left) else 0.0
 
     def _drawn(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """What the samplers draw for each query [B, M], the first row of each text; what may be listed."""

@@ -20,5 +20,8 @@ class TextData(DataSet):
         seed: int = 0,
         name: str = "data",
         with_positive: bool = False,
+        listed_negatives: int | None = None,
     ) -> TextSource:
-        return TextSource(self.split("train"), batch_size, candidates, negatives, seed, name, with_positive)
+        judged = self.split("train")
+        how = (batch_size, candidates, negatives, seed, name, with_positive, listed_negatives)
+        return TextSource(judged, *how)

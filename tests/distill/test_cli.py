@@ -187,6 +187,31 @@ def test_a_launcher_that_starts_one_process_of_several_is_named(monkeypatch):
     assert "accelerate launch --multi_gpu --num_processes N" in distill("list", "recipes").err
 
 
+def test_check_says_how_little_is_left_to_samplers(here):
+    rows = [
+        {"query": f"q{i}", "candidate": f"c{i + j}", "label": int(j == 0)} for i in range(8) for j in range(3)
+    ]
+    table = here.folder / "listed.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    data = {"type": "distill.data.Groups", "train": str(table), "dev": 0.25, "candidates": 4}
+    data["negatives"] = [{"type": "distill.data.RandomNegatives", "count": 3}]
+    changes = {"data": data, "evaluate": {}, "baseline": False}
+    done = here("check", here.recipe(changes))
+    assert (
+        "samplers bring 1.0 of 3 candidates a query, its listed ones the others; with `listed_neg" in done.out
+    )
+    data["listed_negatives"] = 1
+    assert (
+        "samplers bring 2.0 of 3 candidates a query, its listed ones the others\n"
+        in here("check", here.recipe(changes)).out
+    )
+    data["listed_negatives"] = 0
+    assert "samplers bring" not in here("check", here.recipe(changes)).out
+    data["listed_negatives"] = -1
+    refused = here("check", here.recipe(changes))
+    assert refused.code == 2 and "data: listed_negatives must be 0 or more, got -1" in refused.err
+
+
 def test_check_says_what_mining_will_cost(here):
     changes = mined(top=10, every=1, checked_by="cross", margin=0.1) | {"baseline": True}
     done = here("check", here.recipe(changes))
@@ -195,6 +220,7 @@ def test_check_says_what_mining_will_cost(here):
     assert (
         "cross is asked about up to 88 pairs for negatives, each epoch" in done.out
     )  # 8 x (10 and 1 positive)
+    assert "samplers bring" not in done.out  # the data lists positives only: all negatives are theirs
     teacher = {"type": "students.BiEncoder", "checkpoint": str(here.encoder)}
     done = here("check", here.recipe(mined("teacher") | {"models.teacher": teacher}))
     assert "teacher encodes 20 candidates and 8 queries for negatives, once" in done.out

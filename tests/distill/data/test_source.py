@@ -148,6 +148,24 @@ def test_samplers_fill_up_and_never_bring_a_known_positive_or_a_candidate_twice(
     assert batch.candidate_ids.tolist() == [0, 1, 2, 3, 4] and batch.draws.tolist() == [1, 2, 1, 2, 2]
 
 
+def test_listed_negatives_leave_the_other_places_to_samplers():
+    """Samplers fill what a list leaves free, which of a list of many judged negatives is nothing."""
+    data = judged([[0, 1, 2, 3], [4, 5]], [[1, 0, 0, 0], [1, 0]])
+    new = {
+        most: TextSource(data, 2, 4, [Fixed([8, 9, 10])], listed_negatives=most) for most in (None, 0, 1, 2)
+    }
+    assert [round(source.places_of_samplers(), 6) for source in new.values()] == [1.0, 3.0, 2.0, 1.5]
+    there = {most: listed(source.batch(0, 0)) for most, source in new.items()}
+    drawn = {most: [sum(row >= 8 for row, _ in there[most][q]) for q in (0, 1)] for most in there}
+    assert drawn == {None: [0, 2], 0: [3, 3], 1: [2, 2], 2: [1, 2]}
+    assert all(len(lists[q]) == 4 and lists[q][0][1] == 1.0 for lists in there.values() for q in (0, 1))
+    seen = {row for e in range(40) for row, _ in listed(new[1].batch(e, 0))[0] if row < 8}
+    assert seen == {0, 1, 2, 3}  # which of the listed ones is drawn anew
+    assert TextSource(data, 2, 4, listed_negatives=0).width == 1
+    with pytest.raises(ValueError, match="listed_negatives must be 0 or more, got -1"):
+        TextSource(data, 2, listed_negatives=-1)
+
+
 def test_too_few_negatives_leave_padding():
     batch = TextSource(judged([[0]], [[1]]), 1, 5, [Fixed([0, -1, 7])]).batch(0, 0)
     assert batch.sizes == (1, 4, 2) and batch.mask.tolist() == [[True, True, False, False]]
