@@ -35,6 +35,7 @@ from distill.study_plot import plot
 from distill.study_table import RESULTS, Measured, lines, measured_in, table, tabulate
 
 log = logging.getLogger("distill")
+ENDS = (UserError, RunError, MemoryError, OSError, RuntimeError)  # of one cell: also a full disk, a full GPU
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Ablation:
 
         A run of another name that trained and measured the same is taken, unless ``runs.overwrite``.
 
-        A cell that fails is told in ``failed``, and the others go on.
+        A cell that fails, or whose teacher does, is told in ``failed``, and the others go on.
         """
         cells, _ = self.check()
         with only_run_in(self.folder) if is_first() else nullcontext():
@@ -154,8 +155,7 @@ class Ablation:
                     "that heard the new one. Remove its folder to train it anew.",
                     name, " and ".join(teachers),
                 )  # fmt: skip
-            for name in dict.fromkeys(name for cell in waiting for name in runs_in(cell.recipe.models)):
-                self.runs.model_of(name)
+            waiting = self._with_teachers(waiting)
             clock = _Clock(len(waiting))
             if self.jobs == 1:
                 self._one_by_one(waiting, clock)
@@ -192,12 +192,27 @@ class Ablation:
         """Those of the finished cells that lie elsewhere."""
         return {name: folder for name, folder in finished.items() if folder != self.runs.folder / name}
 
+    def _with_teachers(self, waiting: Sequence[Cell]) -> list[Cell]:
+        """Train the teachers that are not there yet; the cells whose teachers are. The others have failed."""
+        why: dict[str, str] = {}
+        for name in dict.fromkeys(name for cell in waiting for name in runs_in(cell.recipe.models)):
+            try:
+                self.runs.model_of(name)
+            except ENDS as error:
+                if world() > 1:
+                    raise
+                why[name] = f"its teacher {name}: {error}"
+        for cell in waiting:
+            for name in why.keys() & set(runs_in(cell.recipe.models)):
+                self._fail(cell, why[name])
+        return [cell for cell in waiting if str(cell) not in self.failed]
+
     def _one_by_one(self, waiting: Sequence[Cell], clock: _Clock) -> None:
         for cell in waiting:
             began = time.monotonic()
             try:
                 self.runs.run(cell.recipe)
-            except (RunError, UserError) as error:
+            except ENDS as error:
                 if world() > 1:
                     raise  # the others may not know of it
                 self._fail(cell, str(error))
@@ -206,9 +221,9 @@ class Ablation:
     def _several(
         self, cells: Sequence[Cell], finished: Mapping[str, Path], waiting: Sequence[Cell], clock: _Clock
     ) -> None:
-        """Run cells in processes of their own; their teachers are asked before, none of them twice."""
+        """Run cells in processes of their own; their teachers are asked about what is listed before, once."""
         for first in {(cell.data, cell.variant): cell for cell in reversed(waiting)}.values():
-            with suppress(UserError, RunError):  # its own cells will fail of it, and be told
+            with suppress(*ENDS):  # its own cells will fail of it, and be told
                 self.runs.scoring(first.recipe).fill()
         room = Room.free(self.jobs, self.memory)
         for cell in cells:

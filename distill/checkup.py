@@ -132,6 +132,8 @@ def checkup(
         if type(graph.nodes[name]).fit is not Model.fit and graph.nodes[name].identity is None:
             not_asked[name] = "it is fitted when the recipe is run, and looked at then"
     patients: list[Patient] = []
+    tails = {arrow.tail for arrow in graph.arrows if arrow.tail is not None}
+    heard = frozen & tails.union(*(graph.below(tail) for tail in tails))
     for name, part in data.items():
         for split in ("train", "dev"):
             if "train" not in part.splits or split not in part.splits:
@@ -139,6 +141,8 @@ def checkup(
             if (sample := sample_of(part.split(split), queries)) is None:
                 continue
             patients += _of_sample(graph, name, sample, precision, split, frozen - set(not_asked))[0]
+    for name in sorted(heard - {one.teacher for one in patients} - set(not_asked)):
+        not_asked[name] = "what is heard of it are no scores of listed candidates, and these are looked at"
     return Checkup(patients, list(between(patients)), list(_warnings(graph, patients)), not_asked)
 
 
@@ -155,7 +159,11 @@ def _of_sample(
     source = kind(sample, len(sample.queries), int(sample.listed.lengths.max()), name=name)
     source.prepare(*graph.columns())
     memory = TeacherMemory(graph, {name: source}, precision, mend=False)
-    memory.listeners = [one for one in memory.listeners if one.name in teachers]
+    memory.listeners = [
+        one
+        for one in memory.listeners
+        if one.name in teachers and (one.name in source.scored or not one.node.recorded)
+    ]
     memory.fill()
     return list(_patients(memory, split, len(sample.queries))), memory
 
@@ -237,12 +245,15 @@ def _said_by(memory: TeacherMemory, listener: Listener, most: int) -> Said | Non
         scores = source.judged.scores[listener.name][entries]
     else:
         stored = {f for signal in listener.signals.values() for f in signal.fields}
-        if "scores" not in node.provides or not node.represents(Needs("scores")).fields <= stored:
+        known = {"scores"} if "scores" in stored else node.represents(Needs("scores")).fields
+        if "scores" not in node.provides or not known <= stored:
             return None
         batch = memory.recall(of_pairs(source, asked, rows.values))
         said = batch.stored[listener.name].to(node.device)
         with torch.no_grad():
-            answered = node.compare(said, batch.to(node.device), Needs("scores")).scores
+            answered = said.scores
+            if answered is None:
+                answered = node.compare(said, batch.to(node.device), Needs("scores")).scores
         assert answered is not None
         scores = answered.float().cpu()[batch.mask]
     labels = None if source.judged.labels is None else source.judged.labels[entries].numpy()

@@ -78,8 +78,8 @@ def check(
         int,
         typer.Option(
             min=0,
-            help="Ask frozen teachers about the lists of so many queries of train and of dev, and say how "
-            "healthy they are; what they answer is kept. 0: ask nothing.",
+            help="Of a recipe: ask frozen teachers about the lists of so many queries of train and of dev, "
+            "and say how healthy they are; what they answer is kept. 0: ask nothing.",
         ),
     ] = 64,
     trust: Trust = None,

@@ -378,7 +378,8 @@ class DistillationGraph(nn.Module):
             yield (
                 f"{where}: {type(arrow.objective).__name__} matches tokens of '{arrow.tail}' and "
                 f"'{arrow.head}', which cut texts into different ids: their tokenizers or prompts differ. "
-                f"Take checkpoints of one tokenizer, and set the prompts of '{arrow.head}' to \"\"."
+                f"Take checkpoints of one tokenizer, and set the prompts of '{arrow.head}' to \"\" (the "
+                f"`markers` of a ColBERT to [])."
             )
 
     def _reads_labels(self, arrow: Arrow) -> bool:

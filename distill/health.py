@@ -20,7 +20,8 @@ FLAT, SHARP = (
     0.05,
     50.0,
 )  # spread in a list, over the temperature, at which a softmax says nothing or one thing
-LARGE = 25.0  # spread in a list at which regression diverges: logits have 10 at most, cosines a twentieth
+LARGE = 15.0  # spread in a list at which regression diverges: logits have 10 at most, cosines a twentieth
+GRADES = 20  # so few different scores are grades, whose ends are no ends of a scale that goes on
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Health:
         in_list: The standard deviation inside lists: what a student can learn of an order. Where lists are of
             one, that of all.
         ties: Share of comparisons inside lists in which both scores are equal.
-        saturation: Share of scores at the very ends of the scale, within a thousandth of the whole range.
+        saturation: Share of scores at the very ends of the scale, within a thousandth of the whole range; of
+            grades 0, and without the zeros of a score that counts what is there (BM25's, of other words).
         agreement: How much more often two candidates with different labels are ordered rightly than wrongly:
             1 always, 0 as a coin, -1 never. Mean over lists; where no list has two labels, over all pairs.
         luck: How likely an agreement so far from 0 is if the teacher knows nothing; None: it is not known.
@@ -90,8 +92,6 @@ def examine(said: Said) -> Health:
     rows = _rows(said.lists)
     longer = [row for row in rows if len(row) > 1] or [np.arange(len(scores))]
     inside = math.sqrt(np.mean([scores[row].var() for row in longer]))
-    span = float(np.ptp(scores))
-    at_the_ends = np.minimum(scores - scores.min(), scores.max() - scores) <= 1e-3 * span
     with_labels = Agreement(np.empty(0)) if said.labels is None else agreement_of(said, said.labels)
     return Health(
         pairs=len(scores),
@@ -99,7 +99,7 @@ def examine(said: Said) -> Health:
         spread=float(scores.std()),
         in_list=inside,
         ties=float(np.mean([_ties(scores[row]) for row in longer])),
-        saturation=float(at_the_ends.mean()),
+        saturation=_saturation(scores),
         agreement=with_labels.mean,
         luck=with_labels.luck,
         error=with_labels.error,
@@ -196,9 +196,14 @@ def misheard(health: Health, temperature: float) -> Iterator[str]:
 
 def _learnt_by_heart(train: Health, held_out: Health) -> bool:
     """Whether agreement falls by more than a fifth and more than luck."""
-    if train.agreement is None or held_out.agreement is None or min(train.lists, held_out.lists) < LEAST:
+    if train.agreement is None or held_out.agreement is None:
         return False
-    error = 0.5 * math.sqrt(1 / train.lists + 1 / held_out.lists)  # a list's own lies within -1 and 1
+    if train.lists == held_out.lists == 1 and train.error is not None and held_out.error is not None:
+        error = math.hypot(train.error, held_out.error)  # over all pairs
+    elif min(train.lists, held_out.lists) >= LEAST:
+        error = 0.5 * math.sqrt(1 / train.lists + 1 / held_out.lists)  # a list's own lies within -1 and 1
+    else:
+        return False
     return train.agreement - held_out.agreement > max(0.2, 2.6 * error)
 
 
@@ -210,9 +215,22 @@ def _rows(lists: np.ndarray) -> Sequence[np.ndarray]:
 
 def _concordance(scores: np.ndarray, others: np.ndarray) -> float:
     """(right - wrong) / all, over the pairs of places in which ``others`` differ."""
+    if len(scores) > 128:  # Kendall's tau-b counts the same without listing all pairs
+        tau = scipy.stats.kendalltau(scores, others).statistic
+        differ = (1 - _ties(scores)) / (1 - _ties(others))
+        return 0.0 if math.isnan(tau) else float(tau * math.sqrt(differ))
     one, two = np.triu_indices(len(scores), 1)
     direction = np.sign(others[one] - others[two])
     return float((np.sign(scores[one] - scores[two]) * direction).sum() / np.abs(direction).sum())
+
+
+def _saturation(scores: np.ndarray) -> float:
+    """See :class:`Health`."""
+    low, high = scores.min(), scores.max()
+    if len(np.unique(scores)) <= min(GRADES, len(scores) // 5):
+        return 0.0
+    at_the_ends = np.minimum(scores - low, high - scores) <= 1e-3 * (high - low)
+    return float((at_the_ends & ((scores != 0) | (low < 0))).mean())
 
 
 def _ties(scores: np.ndarray) -> float:

@@ -243,3 +243,8 @@ def _unfair(study: Study, recipe: Recipe) -> Iterator[str]:
             "train.minutes cuts the steps by the speed of each run, so variants would differ in steps; "
             "give train.steps, and set train.minutes to null."
         )
+    if recipe.train.patience is not None:
+        yield (
+            "train.patience ends a training that no longer gets better on dev, so variants would differ in "
+            "steps; set train.patience to null (the best step on dev is kept anyway)."
+        )

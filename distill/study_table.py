@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from distill.errors import DataError
 from distill.evaluation import higher_is_better
 from distill.evaluation.significance import CONFIDENCE, POWER, detectable, holm
 from distill.evaluation.significance_of_pairs import compare_trainings, unit
@@ -89,8 +91,12 @@ def tabulate(
         for name, entry in found["variants"].items():
             if (against := variants[name]) is not None:
                 pairs = _paired(measured, data, against, name)
-                tested = {metric: _tested(pairs, metric, resamples) for metric in found["metrics"]}
-                entry |= {"against": against, "tests": {m: test for m, test in tested.items() if test}}
+                entry |= {"against": against, "tests": {}}
+                try:
+                    tested = {metric: _tested(pairs, metric, resamples) for metric in found["metrics"]}
+                    entry["tests"] = {metric: test for metric, test in tested.items() if test}
+                except DataError as error:
+                    entry["not_compared"] = str(error)
     for metric in dict.fromkeys(metric for names in metrics.values() for metric in names):
         _correct([
             entry["tests"][metric]
@@ -103,7 +109,8 @@ def tabulate(
             winner["test"] = None
             if data not in chosen_on_tested and winner["variant"] != winner["against"]:
                 pairs = _paired(measured, data, winner["against"], winner["variant"])
-                winner["test"] = _tested(pairs, winner["metric"], resamples, len(sets))
+                with suppress(DataError):  # told of the variant
+                    winner["test"] = _tested(pairs, winner["metric"], resamples, len(sets))
             winner["chosen_on_tested"] = data in chosen_on_tested
         found["winner"] = winner
     _correct([f["winner"]["test"] for f in sets.values() if f["winner"] and f["winner"]["test"]])
@@ -299,12 +306,15 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
             values = ", ".join(f"{metric} {_four(metrics.get(metric))}" for metric in found["metrics"])
             within = f" in {', '.join(one['variants'])}" if named.count(name) > 1 else ""
             yield f"{where}teacher {name}{within}: {values}"
+        for name, entry in found["variants"].items():
+            if "not_compared" in entry:
+                yield f"{where}{name} is not compared with {entry['against']}: {entry['not_compared']}"
         yield f"{where}{_won(found.get('winner'), results['power'])}"
     yield (
         f"Differences are over queries, users or pairs, averaged over seeds; detectable: what such a test "
-        f"would find with {results['power']:.0%} power; answers: texts and pairs that teachers were heard "
-        f"about; tokens and seconds: of one training, without asking what the store keeps; queries/s: of "
-        f"many together; ms/query: of one by itself, the median."
+        f"would find with {results['power']:.0%} power; answers: texts and pairs that frozen teachers were "
+        f"heard about; tokens and seconds: of one training, without asking what the store keeps; queries/s: "
+        f"of many together; ms/query: of one by itself, the median."
     )
     if results.get("jobs", 1) > 1:
         yield f"{results['jobs']} trainings ran at a time, which seconds and queries/s suffer from."

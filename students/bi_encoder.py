@@ -383,7 +383,8 @@ class Tower(nn.Module):
             )
         else:
             heard = self.encoder.no_attention(layers)
-            hidden = heard.new_zeros(0, self.encoder.backbone.config.hidden_size)
+            size = self.encoder.backbone.config.hidden_size
+            hidden = heard.new_zeros(0, size, dtype=torch.float32)  # as heads answer, also under autocast
             each = hidden.new_zeros(0, self.encoder.backbone.config.num_hidden_layers, hidden.shape[1])
             answers = {"vectors": hidden, "cls": hidden, "tokens": hidden, "attention": heard, "layers": each}
             said = {kind: answers[kind] for kind in kinds}

@@ -58,6 +58,8 @@ class TwoRankers(OverTexts, Encoder):
         normalize: REPs of length 1; None takes the checkpoint's.
         max_length: Ids of a candidate with its special ones; None takes the checkpoint's.
         query_max_length: Ids of a query; None is ``max_length``.
+        query_prompt: Put before each query; None takes the checkpoint's.
+        candidate_prompt: Put before each candidate; None takes the checkpoint's.
         dropout: Of the transformer's layers, and before the first ranker, while it is trained; None keeps
             the checkpoint's, and 0.1.
         chunk_tokens: See :class:`distill.nn.text_encoder.TextEncoder`.
@@ -83,6 +85,8 @@ class TwoRankers(OverTexts, Encoder):
         normalize: bool | None = None,
         max_length: int | None = None,
         query_max_length: int | None = None,
+        query_prompt: str | None = None,
+        candidate_prompt: str | None = None,
         dropout: float | None = None,
         chunk_tokens: int | None = None,
         precision: Precision = "auto",
@@ -105,6 +109,8 @@ class TwoRankers(OverTexts, Encoder):
             layers=layers,
             max_length=max_length,
             query_max_length=query_max_length,
+            query_prompt=query_prompt,
+            candidate_prompt=candidate_prompt,
             dropout=dropout,
             chunk_tokens=chunk_tokens,
             precision=precision,

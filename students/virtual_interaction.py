@@ -78,6 +78,8 @@ class VirtualInteraction(OverTexts):
         layers: Keep the first n, or these, layers of the checkpoint.
         max_length: Ids of a candidate with its special ones; None takes the checkpoint's.
         query_max_length: Ids of a query; None is ``max_length``.
+        query_prompt: Put before each query; None takes the checkpoint's.
+        candidate_prompt: Put before each candidate; None takes the checkpoint's.
         dropout: Of the transformer's layers, and before the classifier, while it is trained; None keeps the
             checkpoint's, and 0.1.
         chunk_tokens: See :class:`distill.nn.text_encoder.TextEncoder`.
@@ -100,6 +102,8 @@ class VirtualInteraction(OverTexts):
         layers: int | Sequence[int] | None = None,
         max_length: int | None = None,
         query_max_length: int | None = None,
+        query_prompt: str | None = None,
+        candidate_prompt: str | None = None,
         dropout: float | None = None,
         chunk_tokens: int | None = None,
         precision: Precision = "auto",
@@ -119,11 +123,17 @@ class VirtualInteraction(OverTexts):
         self.interaction, self.residual, self.square = (
             bool(settings[name]) for name in ("interaction", "residual", "square")
         )
+        if self.residual and not self.interaction:
+            raise ValueError(
+                "residual adds U and V to what they read: with `interaction: false` there is nothing."
+            )
         self.texts = BiEncoder(
             checkpoint,
             layers=layers,
             max_length=max_length,
             query_max_length=query_max_length,
+            query_prompt=query_prompt,
+            candidate_prompt=candidate_prompt,
             dropout=dropout,
             chunk_tokens=chunk_tokens,
             precision=precision,
@@ -148,7 +158,7 @@ class VirtualInteraction(OverTexts):
     @property
     def provides(self) -> frozenset[str]:
         said = {1: {"scores"}, 2: {"scores", "classes"}}.get(self.classes, {"classes"})
-        return (self.texts.provides - {"scores", "in_batch"}) | said
+        return (self.texts.provides - {"scores", "in_batch", "layer_scores"}) | said
 
     @property
     def sizes(self) -> dict[str, int]:

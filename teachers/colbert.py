@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.batch import Batch, Columns, Ragged
-from distill.errors import RecipeError
 from distill.hub import MultiVectorLayout, read_multi_vector, resolve_checkpoint, write_multi_vector
 from distill.hub.layouts import plain
 from distill.hub.multi_vector import PUNCTUATION
@@ -33,6 +33,7 @@ from distill.outputs import Needs, Outputs
 from distill.tokens import Tokens
 from teachers.token_reader import SIDES, Side, TokenReader
 
+log = logging.getLogger("distill")
 TOKENS = frozenset({"query_tokens", "candidate_tokens"})
 ATTENTION = frozenset({"query_attention", "candidate_attention"})
 
@@ -126,6 +127,13 @@ class ColBERT(Encoder):
                 self.projection.weight.copy_(there)
         else:
             nn.init.orthogonal_(self.projection.weight)  # keeps angles as well as a map to fewer can
+            if there is not None:
+                log.warning(
+                    "ColBERT: dim %d is not the %d of %s, so its projection is a new one, to be trained",
+                    len(self.projection.weight),
+                    len(there),
+                    checkpoint,
+                )
         skip = PUNCTUATION if layout.skip is None else layout.skip
         if punctuation is not None:
             skip = () if punctuation else skip or PUNCTUATION
@@ -139,8 +147,10 @@ class ColBERT(Encoder):
         if len(of) != 1:
             raise ValueError(f"it stands on the tokens of one node, not of {len(of)}.")
         ((name, node),) = of.items()
-        if not node.provides >= TOKENS or not hasattr(node, "encoder"):
+        if not node.provides >= TOKENS or not hasattr(node, "query_tower"):
             raise ValueError(f"'{name}' ({type(node).__name__}) says nothing of its tokens to stand on.")
+        if node.query_tower is not getattr(node, "candidate_tower", None):
+            raise ValueError(f"'{name}' has two encoders, and a ColBERT is saved and served with one.")
         self.of, self.below = (name,), (node,)
         return node.sizes["query_tokens"]
 
@@ -311,10 +321,6 @@ class ColBERT(Encoder):
         words: tuple[str, ...] = ()
         if self.reader is None:
             node = self.below[0]
-            if getattr(node, "query_tower", None) is not getattr(node, "candidate_tower", None):
-                raise RecipeError(
-                    f"a ColBERT of '{self.of[0]}' with two encoders cannot be saved as one model."
-                )
             layout = MultiVectorLayout(
                 weight,
                 (node.query_prompt, node.candidate_prompt),

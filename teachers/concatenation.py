@@ -20,8 +20,9 @@ from teachers.parts import check_parts, open_parts, read_parts, write_parts
 class Concatenation(Encoder):
     """Several encoders as one: each text's vectors of all of them, end to end.
 
-    The dot product of two such vectors is the sum of the parts' own, so it can be searched. A student of
-    another size learns from it by the similarities of texts, or through a projection.
+    The dot product of two such vectors, times ``scale()``, is the sum of the parts' scores, so it can be
+    searched; where parts have different scales (a two-tower's temperature), the queries' vectors make up for
+    it. A student of another size learns from it by the similarities of texts, or through a projection.
 
     Provides ``queries`` [B, D], ``candidates`` [P, D], ``scores`` [B, N] and ``in_batch`` [B, P];
     D is the sum of the parts' sizes.
@@ -81,29 +82,48 @@ class Concatenation(Encoder):
 
     def represent_of(self, heard: Mapping[str, Outputs], batch: Batch, needs: Needs) -> Outputs:
         said = {f: [getattr(heard[name], f) for name in self.of] for f in self.represents(needs).fields}
-        return Outputs().with_(**{field: self._joined(vectors) for field, vectors in said.items()})
+        return Outputs().with_(**{field: self._joined(vectors, field) for field, vectors in said.items()})
+
+    def scale(self) -> Tensor | float:
+        """That of the first part; of parts whose vectors are given length 1, 1."""
+        return 1.0 if self.normalize else next(iter(self.parts.values())).scale()
 
     def compare(self, outputs: Outputs, batch: Batch, needs: Needs) -> Outputs:
         queries, candidates = outputs.queries, outputs.candidates
         if "scores" in needs:
             assert queries is not None and candidates is not None
-            outputs = outputs.with_(scores=(candidates[batch.index] * queries[:, None]).sum(dim=-1))
+            scores = (candidates[batch.index] * queries[:, None]).sum(dim=-1) * self.scale()
+            outputs = outputs.with_(scores=scores)
         if "in_batch" in needs:
             assert queries is not None and candidates is not None
-            outputs = outputs.with_(in_batch=queries @ candidates.T)
+            outputs = outputs.with_(in_batch=queries @ candidates.T * self.scale())
         return outputs
 
-    def _joined(self, vectors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([F.normalize(part, dim=-1) if self.normalize else part for part in vectors], dim=-1)
+    def _joined(self, vectors: Sequence[Tensor], side: str) -> Tensor:
+        if self.normalize:
+            return torch.cat([F.normalize(part, dim=-1) for part in vectors], dim=-1)
+        if side == "queries":
+            scales = [part.scale() for part in self.parts.values()]
+            vectors = [
+                said * _ratio(scale, scales[0], said) for said, scale in zip(vectors, scales, strict=True)
+            ]
+        return torch.cat(list(vectors), dim=-1)
 
     def encode_queries(self, queries: Sequence[Any], progress: bool = False) -> Tensor:
         """Vectors [n, D] float32 on the CPU, of n raw queries."""
-        return self._joined([part.encode_queries(queries, progress) for part in self.parts.values()])
+        vectors = [part.encode_queries(queries, progress) for part in self.parts.values()]
+        return self._joined(vectors, "queries")
 
     def encode_candidates(self, candidates: Sequence[Any], progress: bool = False) -> Tensor:
         """Vectors [n, D] float32 on the CPU, of n raw candidates."""
-        return self._joined([part.encode_candidates(candidates, progress) for part in self.parts.values()])
+        vectors = [part.encode_candidates(candidates, progress) for part in self.parts.values()]
+        return self._joined(vectors, "candidates")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what is joined; the encoders stay where they are, and the folder refers to them."""
         write_parts(folder, "Concatenation", self.parts, {"normalize": self.normalize}, {})
+
+
+def _ratio(scale: Tensor | float, first: Tensor | float, like: Tensor) -> Tensor | float:
+    ratio = scale / first
+    return ratio.to(like.device) if isinstance(ratio, Tensor) else ratio

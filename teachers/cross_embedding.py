@@ -32,8 +32,8 @@ AT_ONCE = 512  # pairs whose token vectors are held, where nothing is learnt
 class CrossEmbedding(ReadsPairs):
     """A transformer over ``[CLS] query [SEP] candidate [SEP]`` with a vector for each of the two (ENDX).
 
-    The vector of each is the mean over its tokens, special ones left out: the same that a bi-encoder makes,
-    but each has read the other. The score is their cosine. Any encoder will do as a checkpoint, a
+    The vector of each is the mean over its tokens without special ones (a bi-encoder's has these too), each
+    having read the other text. The score is their cosine. Any encoder will do as a checkpoint, a
     cross-encoder too (its head is dropped); a fine-tuned bi-encoder starts near what it is to teach.
 
     Pooling, and the score as what it is trained by, are our re-implementation.

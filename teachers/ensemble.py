@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.batch import Batch, Columns, Ragged
+from distill.data.feature_schema import Feature
+from distill.data.features import UNKNOWN, Features
 from distill.measure import can_be_measured
 from distill.model import Model
 from distill.objectives.checks import check_choice, check_positive, check_shapes, labels_of, unpadded
@@ -99,7 +101,7 @@ class Ensemble(Model):
         kappa: float | None = None,
         routes: Mapping[Any, Sequence[str]] | None = None,
         column: str | None = None,
-        features: Any = None,
+        features: Features | None = None,
         checkpoint: str | Path | None = None,
     ):
         super().__init__()
@@ -113,6 +115,11 @@ class Ensemble(Model):
             if there := [name for name, value in given.items() if value is not None]:
                 raise ValueError(f"the checkpoint says how it combines: leave out {', '.join(there)}.")
             settings, saved = read_parts(checkpoint, "Ensemble", list(self.of))
+            if settings["routed"] and routes is None:
+                raise ValueError(
+                    f"checkpoint {checkpoint} was saved from a recipe with routes: give them too, so that it "
+                    f"hears whom it heard there."
+                )
             combine, weights, kappa = settings["combine"], settings["weights"], settings["kappa"]
         self.combine: Combine = combine or "standardized"
         self.weights = "given" if isinstance(weights, Mapping) else weights or "equal"
@@ -149,7 +156,9 @@ class Ensemble(Model):
         check_positive(**{f"{what}.{name}": value for name, value in given.items()})
         return [float(given.get(name, 1.0)) for name in self.of]
 
-    def _route(self, routes: Mapping[Any, Sequence[str]] | None, column: str | None, features: Any) -> None:
+    def _route(
+        self, routes: Mapping[Any, Sequence[str]] | None, column: str | None, features: Features | None
+    ) -> None:
         """Keep by which value who is heard."""
         if (column is None) != (features is None) or (column is not None and routes is None):
             raise ValueError(
@@ -161,13 +170,11 @@ class Ensemble(Model):
                     f"routes.{value}: '{min(strangers)}' is not in `of`, which names {', '.join(self.of)}."
                 )
         self.routes = {value: set(names) for value, names in (routes or {}).items()}
-        self.column: Any = None if column is None else features[column]
+        self.column: Any = None
         self.silent = not all(self.routes.values())  # somewhere nobody is heard
         self.by_data = () if column is not None else tuple(self.routes)
-        if column is not None and self.column is not None:
-            if self.column.side != "user":
-                raise ValueError(f"column: '{column}' is no feature of users, and one is chosen per query.")
-            ids = features.column(column, list(self.routes)).tolist()
+        if column is not None and features is not None:
+            self.column, ids = _ids(features, column, list(self.routes))
             self.routes = dict(zip(ids, self.routes.values(), strict=True))
 
     @classmethod
@@ -260,4 +267,26 @@ class Ensemble(Model):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights and rule; the teachers stay where they are, and the folder refers to them."""
         rule = {"combine": self.combine, "weights": self.weights, "kappa": self.kappa}
+        rule["routed"] = bool(self.routes)
         write_parts(folder, "Ensemble", self.parts, rule, self.state_dict())
+
+
+def _ids(features: Features, column: str, values: Sequence[Any]) -> tuple[Feature, list[int]]:
+    """A user's categorical feature, and the ids of these values of it."""
+    if column not in features or features[column].kind != "categorical" or features[column].side != "user":
+        there = [f.name for f in features.side("user", privileged=True) if f.kind == "categorical"]
+        raise ValueError(
+            f"column: '{column}' is no categorical feature of users, of which there are: {', '.join(there)}."
+        )
+    feature = features[column]
+    rows = [{feature.source: value} for value in values]
+    found = features.encode(rows, [feature], where="routes").columns[column]
+    assert isinstance(found, Tensor)
+    for value, one in zip(values, found.tolist(), strict=True):
+        if one == UNKNOWN:
+            raise ValueError(f"routes.{value}: no user of train has this value of '{column}'.")
+    if len(found.unique()) < len(values):
+        raise ValueError(
+            f"routes: two values of '{column}' have one id, it is hashed; choose another column."
+        )
+    return feature, found.tolist()

@@ -92,4 +92,4 @@ def score_texts(part: Any, queries: list[str], candidates: list[str], progress: 
     if hasattr(part, "score_pairs"):
         return part.score_pairs(queries, candidates, progress)
     vectors = part.encode_queries(queries, progress), part.encode_candidates(candidates, progress)
-    return (vectors[0] * vectors[1]).sum(dim=-1)
+    return (vectors[0] * vectors[1]).sum(dim=-1) * torch.as_tensor(part.scale()).cpu()

@@ -49,14 +49,14 @@ class TokenReader(nn.Module):
             query_length or layout.query_length or min(32, longest),
             candidate_length or layout.candidate_length or min(220, longest),
         )
+        self.prompts, self.words = ("", ""), self._markers(layout, markers)
         for name, length in zip(("query_max_length", "max_length"), self.lengths, strict=True):
-            encoder.check_length(name, length)
+            encoder.check_length(name, length, len(self.words) // 2)
         self.augment = next(said for said in (augment, layout.augment, True) if said is not None)
         self.attend = layout.attend
         self.fill: int | None = text.eos_token_id if text.mask_token_id is None else text.mask_token_id
         if self.augment and self.fill is None:
             raise ValueError("the tokenizer has no mask token to fill queries with; set `augment: false`.")
-        self.prompts, self.words = ("", ""), self._markers(layout, markers)
         if self.words:
             encoder.tokenizer.forget(self.words)
         elif markers is None and layout.prompts is not None:
@@ -118,7 +118,8 @@ class TokenReader(nn.Module):
             said = self.encoder.read(framed, tokens=heads, layers=layers, attended=attended)
         else:
             none = self.encoder.no_attention(layers)
-            said = {name: none.new_zeros(0, size) for name in heads} | ({"attention": none} if layers else {})
+            empty = none.new_zeros(0, size, dtype=torch.float32)  # as heads answer, also under autocast
+            said = dict.fromkeys(heads, empty) | ({"attention": none} if layers else {})
         return {
             name: Tokens(
                 values,

@@ -15,8 +15,8 @@ from distill.errors import RecipeError
 from distill.hub.files import read_json
 from distill.hub.modules import transformer_folders
 
-# configurations, weights, tokenizers, vocabularies of features
-WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.arrow"]
+# configurations (ColBERT v2's too), weights, tokenizers, vocabularies of features
+WANTED = ["*.json", "*.metadata", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.arrow"]
 UNWANTED = ["onnx/*", "openvino/*", "coreml/*", "original/*"]
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -74,9 +74,9 @@ class TextEncoder(nn.Module):
         kept = {key: value for key, value in kept.items() if not key.startswith("_")}
         return {"tokenizer": self.tokenizer.fingerprint, "config": kept}
 
-    def check_length(self, name: str, length: int) -> None:
-        """Refuse more ids than the transformer has positions, or none beside the special ones."""
-        least = self.tokenizer.specials + 1
+    def check_length(self, name: str, length: int, markers: int = 0) -> None:
+        """Refuse more ids than the transformer has positions, or none beside the special ones and markers."""
+        least = self.tokenizer.specials + markers + 1
         most = position_limit(self.backbone.config.to_dict())
         if length < least or (most is not None and length > most):
             allowed = f"at least {least}" if most is None else f"between {least} and {most}"

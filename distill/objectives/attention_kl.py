@@ -44,12 +44,13 @@ class AttentionKL(AttentionObjective):
 
     Args:
         layers: ``last``, ``all``, or which: [layer, ...] of both, or [[student's, teacher's], ...].
-        heads: ``each`` teaches its like; ``mean``: maps are averaged over heads first.
-        official: Average over padded rows too, as the authors' code does; see ``AttentionMSE``.
+        heads: ``each`` teaches its like; ``mean``: maps are averaged over heads first, each of sum 1 over the
+            other text's tokens, so a head that looks elsewhere weighs as much as one that looks there.
+        official: Divide by the number of padded rows, as the authors' code does; see ``AttentionMSE``.
         first: Of how many listed candidates, from the first (positives come first); None: of all.
         student: ``attention``, or ``tokens``: its map is the softmax of its token vectors' products
             (ColBERT's, as ERNIE-Search does), and the teacher's map is averaged over heads.
-        temperature: Divides the products of ``tokens``.
+        temperature: Divides the products of ``tokens``; None: 1.
 
     References:
         Wang et al., 2022. Distilled Dual-Encoder Model for Vision-Language Understanding. arXiv:2112.08723
@@ -81,10 +82,15 @@ class AttentionKL(AttentionObjective):
         official: bool = False,
         first: int | None = None,
         student: Literal["attention", "tokens"] = "attention",
-        temperature: float = 1.0,
+        temperature: float | None = None,
     ):
         check_choice("student", student, ("attention", "tokens"))
-        super().__init__(layers, heads, official, first, temperature if student == "tokens" else None)
+        if student != "tokens" and temperature is not None:
+            raise ValueError(
+                "temperature divides the products of `student: tokens`, and is nothing without it."
+            )
+        by_tokens = (1.0 if temperature is None else temperature) if student == "tokens" else None
+        super().__init__(layers, heads, official, first, by_tokens)
 
     def between(self, student: Tensor, teacher: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return attention_kl(student, teacher, rows, columns, self.official)

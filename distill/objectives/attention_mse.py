@@ -47,9 +47,9 @@ class AttentionMSE(AttentionObjective):
         layers: ``all`` teach their likes, ``last`` alone, or which: [layer, ...] of both, or
             [[student's, teacher's], ...]. Negative ones count from the top.
         heads: ``each`` teaches its like; ``mean``: maps are averaged over heads first.
-        official: Average over padded rows and columns too, as the authors' code does, up to the longest texts
-            of the batch. Their padding is read by the model; ours is not, and only lessens the loss of short
-            texts.
+        official: Divide by the size of the padded block, up to the longest texts of the batch, as the code of
+            the authors does, so that short texts weigh less. That is all: their models read padding, whose
+            rows add to their loss; ours read none, and it adds nothing.
         first: Of how many listed candidates, from the first (positives come first); None: of all.
 
     References:

@@ -39,9 +39,9 @@ class GeometryAlignment(Objective):
     where the data has labels. X are the vectors that a teacher made of the pair read together, D those of the
     student. The four terms take anchors a and targets t from queries (Q) and candidates (C): ``C|Q``,
     ``Q|C``, ``Q|Q``, ``C|C``. The kernel K is :math:`(1 + \cos)/2`, or :math:`e^{\cos}`.
-    :math:`S_i` leaves out what would only say that a text is itself: of ``Q|Q`` and ``C|C`` the anchor, and
-    of all terms targets that belong to an equal query or candidate (duplicates in the batch; of data that
-    lists a query's text in several rows, each row is a query of its own).
+    :math:`S_i` leaves out what would only say that a text is itself: of ``Q|Q`` the anchor and queries equal
+    to it, of ``C|C`` likewise, of the other two terms targets of other pairs with an equal query or candidate
+    (duplicates in the batch; of data that lists a query's text in several rows, each row is a query).
 
     Each term is logged under its name. Of a query that was read with its answer, the nearest candidate is
     that answer, so ``C|Q`` and ``Q|C`` tend to repeat the labels. What helps: to train the teacher with

@@ -18,6 +18,7 @@ import torch
 
 from distill.ablate import _why
 from distill.cli import main
+from distill.errors import RunError
 from distill.evaluation import compare, holm
 from distill.recipe import read_yaml
 from distill.run import Runs
@@ -308,14 +309,13 @@ def test_a_run_with_a_baseline_is_taken_without_it(here, monkeypatch):
     assert list(read_yaml(here.runs / "mine/study/taught/seed1/recipe.yaml")["data"]) == ["lists", "texts"]
 
 
-def test_a_cell_that_fails_is_told_and_the_others_are_compared(here, monkeypatch):
-    from distill.errors import RunError
-
+@pytest.mark.parametrize("kind", [RunError, torch.OutOfMemoryError, OSError])
+def test_a_cell_that_fails_is_told_and_the_others_are_compared(kind, here, monkeypatch):
     fit = Trainer.fit
 
     def failing(self):
         if self.folder.parts[-2:] == ("taught", "seed1"):
-            raise RunError("step 1: the loss of losses.order became nan.")
+            raise kind("step 1: the loss of losses.order became nan.")
         return fit(self)
 
     monkeypatch.setattr(Trainer, "fit", failing)
@@ -327,6 +327,27 @@ def test_a_cell_that_fails_is_told_and_the_others_are_compared(here, monkeypatch
     monkeypatch.setattr(Trainer, "fit", fit)
     seen = watch(monkeypatch)
     assert here("ablate").code == 0 and [one.name for one in seen] == ["taught/seed1"]
+
+
+def test_a_teacher_that_fails_takes_its_own_cells_alone(here, monkeypatch):
+    cross = {"name": "cross", **{key: here.recipe[key] for key in ("train", "evaluate")}}
+    cross["data"] = {"lists": here.recipe["data"]["lists"]}
+    cross["models"] = {"cross": {**here.recipe["models"]["cross"], "train": True}}
+    cross |= {"keep": "cross", "losses": {"labels": {**LISTED, "to": "cross"}}}
+    path = here.folder / "cross.yaml"
+    path.write_text(json.dumps(cross))
+    here.recipe["models"]["cross"]["checkpoint"] = {"run": str(path)}
+    fit = Trainer.fit
+
+    def failing(self):
+        if self.folder.name == "cross":
+            raise MemoryError("no room")
+        return fit(self)
+
+    monkeypatch.setattr(Trainer, "fit", failing)
+    done = here("ablate", "seeds=[1]")
+    assert done.code == 1 and re.search(r"failed: taught, seed 1: its teacher \S+: no room", done.out)
+    assert list(here.results["data"][""]["variants"]) == ["alone"]
 
 
 def test_a_variant_that_changed_is_refused_before_anything_runs_unless_it_may_overwrite(here, monkeypatch):

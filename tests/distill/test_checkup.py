@@ -181,6 +181,42 @@ def test_scores_of_the_data_are_looked_at_without_asking(here, tmp_path):
     assert "warning: models.cross: it puts candidates in the wrong order" in done.out and here.asked == 0
 
 
+def test_recorded_scores_that_held_out_lists_lack_are_not_asked_for(here, tmp_path):
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    scored = "".join(json.dumps({**row, "said": row["label"] + 0.1 * i}) + "\n" for i, row in enumerate(rows))
+    (tmp_path / "train.jsonl").write_text(scored)  # dev has no such column
+    here.document["data"] |= {"scores": {"cross": "said"}}
+    here.document["models"]["cross"] = {"type": "teachers.Recorded"}
+    done = here("check")
+    assert done.code == 0, done.err
+    looked_at = [line.split()[2] for line in done.out.splitlines() if line.split()[:2] == ["cross", "data"]]
+    assert looked_at == ["train"]
+
+
+@pytest.mark.parametrize("what", ["scores", "vectors"])
+def test_a_colbert_is_looked_at_by_its_scores_or_named(what, here, tiny_bert):
+    bert = str(tiny_bert(layers=1))
+    here.document["models"] = {
+        "student": {"type": "teachers.ColBERT", "checkpoint": bert},
+        "colbert": {"type": "teachers.ColBERT", "checkpoint": str(tiny_bert(layers=1, seed=2))},
+    }
+    order = {**KL, "from": "colbert"}
+    tokens = ["query_tokens", "candidate_tokens"]
+    words = {
+        "type": "distill.objectives.EmbeddingMatch",
+        "fields": tokens,
+        "from": "colbert",
+        "to": "student",
+    }
+    here.document["losses"] = {"order": order if what == "scores" else words}
+    done = here("check", "baseline=false")
+    assert done.code == 0, done.err
+    if what == "scores":
+        assert "colbert  data  train" in re.sub(" +", "  ", done.out)
+    else:
+        assert "colbert" in done.out and "no scores of listed candidates" in done.out
+
+
 def test_a_teacher_that_is_not_made_yet_is_not_asked(here, tmp_path):
     (tmp_path / "large.yaml").write_text(json.dumps({
         **here.document, "name": "large", "keep": "cross",

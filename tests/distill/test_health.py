@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy
 
+from distill import health
 from distill.health import Said, ailments, examine, misheard
 
 
@@ -31,6 +32,8 @@ HEALTHY = {
     "probabilities of an unsure one": changed(teacher(), lambda s: scipy.special.expit(s - 1)),
     "shifted far": changed(teacher(), lambda s: s + 1000),
     "bm25": changed(teacher(), lambda s: 8 * np.maximum(s + 3, 0)),
+    "grades": changed(teacher(), lambda s: s.round().clip(0, 3)),
+    "bm25 of few words": changed(teacher(), lambda s: 4 * np.maximum(s, 0)),
     "without labels": teacher(labelled=False),
 }  # fmt: skip
 
@@ -57,6 +60,7 @@ def test_healthy_teachers_of_many_seeds_are_left_in_peace(seed):
         ("labels", lambda s: (s > 2).astype(float), "are ties"),
         ("thousandfold", lambda s: 1000 * s, "regression on them would diverge"),
         ("thousandfold cosines", lambda s: 1000 * (0.6 + 0.02 * s), "regression on them would diverge"),
+        ("thousandfold near cosines", lambda s: 1000 * (0.8 + 0.01 * s), "regression on them would diverge"),
     ],
 )
 def test_a_sick_teacher_is_flagged_for_what_it_has(name, change, said):
@@ -94,6 +98,18 @@ def test_what_was_learnt_by_heart_is_seen_on_held_out_labels():
     assert found(teacher(skill=9, lists=150), teacher(skill=4, lists=150, seed=1)) == []
 
 
+def test_what_was_learnt_by_heart_is_seen_where_each_pair_is_for_itself():
+    def of_pairs(noise, seed=0, n=1000):
+        draw = np.random.default_rng(seed)
+        labels = draw.random(n)
+        return Said(labels + draw.normal(0, noise, n), np.arange(n), labels)
+
+    (line,) = found(of_pairs(0.001), of_pairs(1.0, seed=1))
+    assert "it repeats what it was trained on" in line
+    assert found(of_pairs(0.1), of_pairs(0.15, seed=1)) == []
+    assert found(of_pairs(0.1, n=12), of_pairs(0.4, seed=1, n=12)) == []
+
+
 def test_held_out_labels_decide_where_there_are_both():
     """In sample even a teacher that knows nothing may know its labels."""
     assert any("random one" in line for line in found(teacher(skill=9), teacher(skill=0.0)))
@@ -108,6 +124,16 @@ def test_agreement_is_counted_right():
     assert health.agreement == pytest.approx(((2 - 1) / 3 + 0) / 2) and health.lists == 2
     assert health.luck is None  # of two lists nothing is said
     assert health.ties == pytest.approx((0 + 1) / 2)
+
+
+def test_long_lists_are_counted_as_short_ones_are():
+    draw = np.random.default_rng(0)
+    scores, others = draw.integers(0, 40, 400).astype(float), draw.integers(0, 5, 400).astype(float)
+    one, two = np.triu_indices(400, 1)
+    direction = np.sign(others[one] - others[two])
+    wanted = (np.sign(scores[one] - scores[two]) * direction).sum() / np.abs(direction).sum()
+    assert health._concordance(scores, others) == pytest.approx(wanted, abs=1e-12)
+    assert health._concordance(np.ones(400), others) == 0.0
 
 
 def test_graded_pairs_agree_over_all_of_them():

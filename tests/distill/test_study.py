@@ -144,6 +144,7 @@ def test_overrides_are_of_the_study_and_below_set_of_the_recipe(write):
         ({"name": "../up"}, "the name becomes a folder below the runs"),
         ({"set": {"losses.order.temprature": 1}}, "losses.order: ScoreKL has no argument 'temprature'"),
         ({"set": {"train.minutes": 3}}, "train.minutes cuts the steps by the speed of each run"),
+        ({"set": {"train.patience": 2}}, "train.patience ends a training .* set train.patience to null"),
         ({"set": {"evaluate.metrics": []}}, "evaluate.metrics: none are named"),
     ],
 )

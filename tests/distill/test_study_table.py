@@ -148,6 +148,22 @@ def test_a_metric_that_is_undefined_for_one_cell_leaves_the_others(gone):
     assert "no test of MAP" in "\n".join(lines(results))
 
 
+def test_a_variant_that_was_measured_on_other_queries_leaves_the_others():
+    draw = np.random.default_rng(3)
+    measured = study(draw, 0.3)
+    for seed in range(3):
+        other = cell(draw.uniform(size=40), dev=0.9)
+        named = other.per_query.assign(query=[f"z{row}" for row in range(40)])
+        measured["", "odd", seed] = replace(other, per_query=named)
+    variants = {**ALONE, "odd": "none"}
+    results = tabulate("s", variants, {"": ["MAP"]}, measured, resamples=99)
+    found = results["data"][""]["variants"]
+    assert found["kl"]["tests"]["MAP"]["seeds"] == 3 and found["odd"]["tests"] == {}
+    said = "\n".join(lines(results))
+    assert "odd is not compared with none: the two models were measured on different queries" in said
+    assert "winner: odd" in said and "no test of MAP" in said
+
+
 def test_a_metric_that_is_better_when_lower_wins_low():
     measured = {
         ("", name, 1): cell(values, dev, "Logloss")

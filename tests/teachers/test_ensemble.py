@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ from distill.store import TeacherMemory
 from students import BiEncoder
 from teachers import Concatenation, CrossEncoder, Ensemble, Recorded
 from teachers.ensemble import combined, confidence, standardized
+from tests.shop import fitted
 
 B, N = 3, 4
 
@@ -234,22 +234,14 @@ def test_who_is_heard_depends_on_the_data_set():
         graph.check({"here": True, "third": True})
 
 
-class Users:
-    """Features with one column of users, 'country', whose ids begin at 2, and one of items."""
-
-    def __getitem__(self, name):
-        return SimpleNamespace(key=name, side="user" if name == "country" else "item")
-
-    def column(self, name, values):
-        return torch.tensor([{"de": 2, "fr": 3}[value] for value in values])
-
-
 def test_who_is_heard_depends_on_a_column():
     parts = {"a": Scores(torch.randn(B, N)), "b": Scores(torch.randn(B, N))}
-    settings = dict(combine="scores", column="country", features=Users())
+    features = fitted()  # of the shop, whose users are from de, fr and jp
+    settings = dict(combine="scores", column="country", features=features)
     node = Ensemble(parts, routes={"de": ["a"], "fr": []}, **settings)
     assert [column.key for column in node.reads.queries] == ["country"]
-    batch = replace(a_batch(), queries={"country": torch.tensor([2, 3, 1])})  # 1: some other country
+    users = features.encode([{"country": c} for c in ("de", "fr", "it")], ["country"])  # none is from it
+    batch = replace(a_batch(), queries={"country": users.columns["country"]})
     heard = {name: part.represent(batch, Needs("scores")) for name, part in parts.items()}
     said = node.represent_of(heard, batch, Needs("scores"))
     a, b = parts["a"].said, parts["b"].said
@@ -263,8 +255,43 @@ def test_who_is_heard_depends_on_a_column():
         ["student"],
     )
     assert graph(batch)["order"].count.tolist() == [1, 0, 1]
-    with pytest.raises(ValueError, match="'price' is no feature of users"):
-        Ensemble(parts, routes={"de": ["a"]}, column="price", features=Users())
+    for column in ("price", "age", "nowhere"):
+        with pytest.raises(ValueError, match=f"'{column}' is no categorical feature of users, .* country"):
+            Ensemble(parts, routes={"de": ["a"]}, column=column, features=features)
+    with pytest.raises(ValueError, match=r"routes\.dee: no user of train has this value of 'country'"):
+        Ensemble(parts, routes={"dee": ["a"]}, column="country", features=features)
+    with pytest.raises(DataError, match="routes"):
+        Ensemble(parts, routes={7: ["a"]}, column="country", features=features)
+    with pytest.raises(ValueError, match="two values of 'user_id' have one id"):
+        settings = dict(column="user_id", features=fitted(user_buckets=1))
+        Ensemble(parts, routes={"u0": ["a"], "u1": ["b"]}, **settings)
+
+
+def test_what_was_saved_with_routes_is_opened_with_routes(tmp_path):
+    parts = {"a": Scores(torch.randn(B, N)), "b": Scores(torch.randn(B, N))}
+    Ensemble(parts, routes={"here": ["a"]}).save_pretrained(tmp_path / "routed")
+    with pytest.raises(ValueError, match="saved from a recipe with routes: give them too"):
+        Ensemble(parts, checkpoint=tmp_path / "routed")
+    again = Ensemble(parts, routes={"here": ["a"]}, checkpoint=tmp_path / "routed")
+    assert again.combine == "standardized" and not again.measurable
+
+
+def test_joined_vectors_score_as_their_parts_do_added_up():
+    """Also where a part multiplies its products by a scale, as a two-tower does by 1 / temperature."""
+    parts = {"a": Vectors(seed=1), "b": Vectors(seed=2)}
+    parts["a"].scale, parts["b"].scale = lambda: torch.tensor(5.0), lambda: 0.5
+    node, batch, needs = Concatenation(parts), a_batch(), Needs("scores", "in_batch")
+    heard = {name: part.represent(batch, Needs("queries", "candidates")) for name, part in parts.items()}
+    said = node.compare(node.represent_of(heard, batch, needs), batch, needs)
+    products = {name: heard[name].queries @ heard[name].candidates.T for name in parts}
+    together = 5 * products["a"] + products["b"] / 2
+    torch.testing.assert_close(said.in_batch, together)
+    torch.testing.assert_close(said.scores, together.gather(1, batch.index))
+    alone = Concatenation({"a": parts["a"]})
+    one = alone.compare(alone.represent_of({"a": heard["a"]}, batch, needs), batch, needs)
+    assert torch.equal(one.in_batch, products["a"] * 5)  # bit for bit, as the plain arrow
+    unit = Concatenation(parts, normalize=True)
+    assert unit.scale() == 1.0
 
 
 def test_weights_are_learnt_from_labels_and_the_better_teacher_wins():
