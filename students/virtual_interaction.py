@@ -174,6 +174,8 @@ class VirtualInteraction(OverTexts):
         return self.texts.represent(batch, self.represents(needs))
 
     def compare(self, outputs: Outputs, batch: Batch, needs: Needs) -> Outputs:
+        if not needs.fields & {"scores", "classes"}:
+            return outputs
         rows, places = batch.mask.nonzero(as_tuple=True)
         logits = self._logits(outputs, batch, rows, batch.index[rows, places])
         if "classes" in needs:

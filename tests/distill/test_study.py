@@ -243,6 +243,28 @@ MEASURED_BY = {  # whose figure in recipes/README.md is that of a study's varian
 }
 
 
+def test_the_cascade_has_its_seven_arrows():
+    """ERNIE-Search: three task losses, three steps of scores, one of words."""
+    recipe = load_recipe("text/ernie_search")
+    ways = [(one.get("from"), one["to"], one["type"].split(".")[-1]) for one in recipe.losses.values()]
+    assert sorted(ways, key=str) == sorted(
+        [
+            *((None, model, "SampledSoftmax") for model in ("student", "colbert", "cross")),
+            ("cross", "colbert", "ScoreKL"),
+            ("colbert", "student", "ScoreKL"),
+            ("cross", "student", "ScoreKL"),
+            ("cross", "colbert", "AttentionKL"),
+        ],
+        key=str,
+    )
+    assert [name for name, node in recipe.models.items() if node.get("train", name == recipe.keep)] == [
+        "student",
+        "cross",
+        "colbert",
+    ]
+    assert recipe.models["colbert"]["of"] == "student"
+
+
 @pytest.mark.parametrize("study", MEASURED_BY)
 def test_a_recipe_that_a_study_measures_is_the_studys_variant(study):
     variants = recipes_of(load_study(study)).variants

@@ -174,6 +174,29 @@ def test_a_text_without_a_token_is_refused(virtual):
         answer(model, batch_of(model, queries=["wing", "", "ship"]), "scores")
 
 
+def test_it_provides_what_it_can_say(virtual):
+    model = virtual()
+    batch = batch_of(model)
+    assert {"query_tokens", "queries", "scores"} <= model.provides and "layer_scores" not in model.provides
+    for field in sorted(one for one in model.provides if "attention" not in one):
+        assert getattr(answer(model, batch, field), field) is not None
+
+
+def test_a_residual_of_nothing_is_refused(virtual):
+    with pytest.raises(ValueError, match="with `interaction: false` there is nothing"):
+        virtual(interaction=False, residual=True)
+
+
+def test_prompts_of_the_checkpoint_can_be_taken_away(virtual, tmp_path):
+    """As attention needs: a teacher that reads pairs has none."""
+    model = virtual(query_prompt="query: ", candidate_prompt="")
+    model.save_pretrained(tmp_path / "saved")
+    again = VirtualInteraction(tmp_path / "saved")
+    assert again.texts.query_prompt == "query: "
+    bare = VirtualInteraction(tmp_path / "saved", query_prompt="")
+    assert bare.texts.query_prompt == "" and bare.reads.keys == virtual().reads.keys != again.reads.keys
+
+
 @pytest.mark.parametrize("classes", [0, -1])
 def test_refuses_no_classes(classes, virtual):
     with pytest.raises(ValueError, match="classes must be at least 1"):

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from distill.batch import Batch, Ragged
 from distill.errors import RecipeError
 from distill.graph import Arrow, DistillationGraph
+from distill.hub.checkpoint import UNWANTED, WANTED
 from distill.hub.files import read_json, write_json
 from distill.objectives import AttentionKL, SampledSoftmax, ScoreKL
 from distill.open import open_model
 from distill.outputs import Needs, Outputs
-from students import BiEncoder
+from distill.tokens import Tokens
+from students import BiEncoder, VirtualInteraction
 from teachers import ColBERT, CrossEncoder
 from tests.conftest import WORDS
 
@@ -310,19 +313,54 @@ def test_a_cached_gradient_is_the_plain_one(of, bert):
         ({}, "give either a `checkpoint`, or the node it stands on"),
         ({"checkpoint": "bert", "markers": ["[Q]", "[D]"]}, "two words of the vocabulary"),
         ({"checkpoint": "bert", "markers": ["wing"]}, "two words of the vocabulary"),
-        ({"checkpoint": "bert", "query_max_length": 2}, "query_max_length must be between 3 and 64"),
+        ({"checkpoint": "bert", "query_max_length": 3}, "query_max_length must be between 4 and 64"),
+        ({"checkpoint": "bert", "max_length": 3}, "max_length must be between 4 and 64"),
+        ({"checkpoint": "bert", "markers": [], "max_length": 2}, "max_length must be between 3 and 64"),
         ({"of": "student", "max_length": 10}, "it reads nothing: give dim, punctuation"),
         ({"of": "cross"}, r"'cross' \(CrossEncoder\) says nothing of its tokens"),
+        ({"of": "virtual"}, r"'virtual' \(VirtualInteraction\) says nothing of its tokens"),
+        ({"of": "two"}, "'two' has two encoders, and a ColBERT is saved and served with one"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments, message, bert):
     if arguments.get("checkpoint"):
         arguments = arguments | {"checkpoint": bert}
     if name := arguments.get("of"):
-        node = BiEncoder(bert) if name == "student" else CrossEncoder(bert)
+        nodes = {"student": BiEncoder, "cross": CrossEncoder, "virtual": VirtualInteraction}
+        node = BiEncoder(bert, encoders="separate") if name == "two" else nodes[name](bert)
         arguments = arguments | {"of": {name: node}}
     with pytest.raises(ValueError, match=message):
         ColBERT(**arguments)
+
+
+def test_of_the_hub_the_authors_settings_are_wanted_too():
+    there = ["artifact.metadata", "model.safetensors", "vocab.txt", "pytorch_model.bin"]
+    wanted = filter_repo_objects(there, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+    assert list(wanted) == there[:3]
+
+
+def test_a_projection_that_is_not_used_is_told(bert, tmp_path, caplog):
+    colbert(bert, dim=8).save_pretrained(tmp_path / "saved")
+    assert not caplog.messages
+    ColBERT(tmp_path / "saved", dim=8)
+    assert not caplog.messages
+    ColBERT(tmp_path / "saved", dim=4)
+    assert "dim 4 is not the 8 of" in caplog.text and "its projection is a new one" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [ColBERT, BiEncoder])
+def test_what_is_said_of_no_text_is_of_one_type_with_what_is_said_of_some(kind, bert):
+    """Processes put their parts together, also under autocast, and one of them may have no query."""
+    model = kind(bert, dim=8, precision="no")
+    batch = batch_of(model)
+    none = torch.zeros(0, dtype=torch.int64)
+    empty = batch.select(none, torch.tensor([1]))
+    needs = Needs(*(("query_tokens",) if kind is ColBERT else ("queries", "query_tokens", "query_cls")))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        some, nothing = model.represent(batch, needs), model.represent(empty, needs)
+    for name, value in some.given():
+        one, two = (v.values if isinstance(v, Tokens) else v for v in (value, getattr(nothing, name)))
+        assert (one.dtype, one.shape[1:]) == (two.dtype, two.shape[1:]) and len(two) == 0
 
 
 def test_a_real_encoder_gets_a_projection_that_keeps_its_order(minilm, tmp_path):

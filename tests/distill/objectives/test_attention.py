@@ -74,6 +74,19 @@ def test_the_example_in_one_layer_of_tokens():
     batch = Batch.of_scores(1, 1)
     assert AttentionMSE("last")(student, teacher, batch).loss.item() == pytest.approx(0.108216, abs=2e-6)
     assert AttentionKL()(student, teacher, batch).loss.item() == pytest.approx(0.229293, abs=2e-6)
+    # beside a candidate of three tokens, `official` divides by its size; padding adds nothing
+    longer = (
+        said((half(Q_Y), K_Y)),
+        said((x_queries, x_keys), ([[*row, 0, 0] for row in T_YX], [*y_keys, y_keys[0]])),
+    )
+    student = Outputs(
+        query_attention=student.query_attention,
+        candidate_attention=Tokens.stack([student.candidate_attention, longer[0]]),
+    )
+    teacher = Outputs(joint_attention=Tokens.stack([teacher.joint_attention, longer[1]]))
+    batch = Batch(torch.tensor([[0, 1]]), torch.ones(1, 2).bool(), torch.arange(1), torch.arange(2))
+    pairs = AttentionMSE("last", official=True, first=1)(student, teacher, batch).loss.item()
+    assert pairs == pytest.approx(0.108216 * 2 / 3, abs=2e-6)
 
 
 QUERIES = ["what is a wing", "heart", "how does a ship flow in the river"]
@@ -279,6 +292,7 @@ def test_a_text_with_no_token_left_is_named(tiny_bert):
         ({"heads": "first"}, "heads must be one of each, mean"),
         ({"first": 0}, "first must be at least 1"),
         ({"student": "tokens", "temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": 0.5}, "temperature divides the products of `student: tokens`"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(arguments, message):
