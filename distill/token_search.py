@@ -11,7 +11,7 @@ from distill.batch import Ragged
 from distill.evaluation.search import top
 from distill.maxsim import maxsim_pairs
 
-NEAR = 1024  # tokens found for each query token
+NEAR, TOKENS = 1024, 32  # tokens found for each query token: at least, and for each candidate wanted
 
 
 def search_by_tokens(
@@ -19,7 +19,7 @@ def search_by_tokens(
     queries: Ragged,
     candidates: Ragged,
     k: int,
-    near: int = NEAR,
+    near: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best candidates of each query by MaxSim, best first and ties by row: scores, rows [q, k].
 
@@ -31,8 +31,10 @@ def search_by_tokens(
         queries: Vectors of their tokens, q rows of [., D].
         candidates: The same, n rows.
         k: How many to find.
-        near: How many tokens are found for each query token.
+        near: How many tokens are found for each query token; None: the more, the more candidates are wanted,
+            as all tokens of a candidate may be near.
     """
+    near = max(NEAR, TOKENS * k) if near is None else near
     owner = torch.arange(len(candidates)).repeat_interleave(candidates.lengths)
     scores = np.full((len(queries), k), -np.inf, np.float32)
     rows = np.full((len(queries), k), -1, np.int64)

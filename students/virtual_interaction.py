@@ -162,7 +162,7 @@ class VirtualInteraction(OverTexts):
 
     @property
     def sizes(self) -> dict[str, int]:
-        return self.texts.sizes
+        return self.texts.sizes | ({"classes": self.classes} if self.classes > 1 else {})
 
     def represents(self, needs: Needs) -> Needs:
         apart = needs.only(needs.fields - {"scores", "classes"})

@@ -112,7 +112,12 @@ class CrossEncoder(ReadsPairs):
     @property
     def sizes(self) -> dict[str, int]:
         first = {"pair_vectors": self.encoder.backbone.config.hidden_size}
-        return {**self.encoder.attention_sizes, **(first if self.encoder.tokenizer.has_cls else {})}
+        classes = {"classes": self.classes} if self.classes > 1 else {}
+        return {
+            **self.encoder.attention_sizes,
+            **(first if self.encoder.tokenizer.has_cls else {}),
+            **classes,
+        }
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -76,6 +76,12 @@ class CrossEntropy(Objective):
     def bind(self, student_sizes: dict[str, int], teacher_sizes: dict[str, int]) -> None:
         if self.labelled and self.temperature is not None:
             raise ValueError("CrossEntropy: a temperature does nothing to labels; leave it out.")
+        sizes = (student_sizes.get("classes"), teacher_sizes.get("classes"))
+        if None not in sizes and sizes[0] != sizes[1]:
+            raise ValueError(
+                f"CrossEntropy: the student tells {sizes[0]} classes apart and the teacher {sizes[1]}; give "
+                f"both the same `classes`."
+            )
 
     def count(self, batch: Batch) -> Tensor:
         return batch.mask.sum(dim=-1).float()

@@ -57,6 +57,19 @@ def test_an_index_of_tokens_finds_and_scores_exactly_and_survives_the_disk(facto
     assert few[1][0].tolist()[2] == -1 and few[0][0][2] == -np.inf
 
 
+def test_many_hits_are_found_where_all_tokens_of_a_text_are_alike():
+    random = torch.Generator().manual_seed(0)
+    texts = torch.randn(400, 1, 16, generator=random) + 0.2 * torch.randn(400, 30, 16, generator=random)
+    lengths = torch.full((400,), 30)
+    candidates = Ragged.of_lengths(F.normalize(texts.flatten(0, 1), dim=1), lengths)
+    asked = F.normalize(torch.randn(6, 16, generator=random), dim=1)
+    queries = Ragged.of_lengths(asked, torch.tensor([2, 2, 2]))
+    rows = Index.build(candidates, names(400)).search_arrays(queries, 100)[1]
+    best = search_maxsim(queries, candidates, 100)[1].numpy()
+    shares = [len({*one[:50]} & {*two[:50]}) / 50 for one, two in zip(rows, best, strict=True)]
+    assert min(shares) >= 0.96 and (rows >= 0).all()
+
+
 def test_vectors_of_another_kind_and_parts_that_do_not_fit_are_refused(tmp_path):
     tokens, texts = Index.build(random_rows(5), names(5)), Index.build(torch.eye(8), names(8))
     with pytest.raises(DataError, match="a vector per token, the queries have one per text"):

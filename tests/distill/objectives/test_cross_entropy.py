@@ -77,6 +77,8 @@ def test_soft_labels_of_a_padded_pair_say_nothing():
 def test_a_classifier_of_other_classes_cannot_teach():
     with pytest.raises(ValueError, match="Shapes must match"):
         soft([[[0.0, 0.0]]], [[[0.0, 0.0, 0.0]]])
+    with pytest.raises(ValueError, match="the student tells 3 classes apart and the teacher 2"):
+        CrossEntropy().bind({"classes": 3}, {"classes": 2})  # before the first step
 
 
 def test_a_temperature_is_refused_where_it_would_do_nothing():
