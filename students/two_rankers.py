@@ -37,7 +37,8 @@ class TwoRankers(OverTexts, Encoder):
     The first ranker reads the merged CLS c (the maximum is taken element by element), which is what a
     cross-encoder's CLS teaches (``EmbeddingMatch`` with ``fields: [pair_vectors]``); the second is a
     bi-encoder's own, over what a bi-encoder's vectors teach (``fields: [queries, candidates]``), or a
-    ColBERT's, over what a ColBERT's tokens teach (``fields: [query_tokens, candidate_tokens]``).
+    ColBERT's, over what a ColBERT's tokens teach (``fields: [query_tokens, candidate_tokens]``). Where the
+    paper teaches TwinBERT's one feature of both texts, ours teaches the vector of each (our own choice).
 
     Neither h nor r of a document depends on a query, so they are computed beforehand; the score is no dot
     product, so this model puts candidates in order and no index searches by it. The heads' last layers

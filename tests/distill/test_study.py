@@ -232,7 +232,7 @@ MEASURED_BY = {  # whose figure in recipes/README.md is that of a study's varian
         "text/wikiqa_lead": "lead",
         "text/wikiqa_leaf": "leaf",
         "text/wikiqa_rocketqav2": "rocketqav2",
-        "text/wikiqa_stella": "stella_of_two",
+        "text/wikiqa_stella": "stella",
         "text/wikiqa_stratified": "stratified",
         "text/wikiqa_tas_balanced": "tas_balanced",
     },

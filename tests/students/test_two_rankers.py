@@ -10,7 +10,7 @@ from distill.evaluation import evaluate_model
 from distill.graph import Arrow, DistillationGraph
 from distill.objectives import EmbeddingMatch, RankNet
 from distill.open import open_model
-from distill.outputs import Needs
+from distill.outputs import Needs, Outputs
 from students import BiEncoder, TwoRankers
 from teachers import ColBERT, CrossEncoder
 
@@ -66,6 +66,27 @@ def test_the_merged_cls_and_both_scores_are_those_worked_out_by_hand(ranker):
     torch.testing.assert_close(merged, torch.tensor([3.4, -0.5, 1.5]))  # a residual: m + W m
     score = model.ranked(merged, queries, candidates)
     assert score.item() == pytest.approx(3.4 - 1.0 + 4.5 + 0.5 + (0.08 + 0.4 + 1.5))
+
+
+def test_the_three_losses_are_those_of_the_worked_example():
+    batch = Batch.of_scores(1, 2)
+    student = Outputs(
+        scores=torch.tensor([[1.2, 0.7]]),
+        pair_vectors=torch.tensor([[[0.4, -0.5, 1.5], [0.0, 0.0, 0.0]]]),
+        queries=torch.tensor([[0.0, 0.2, 0.6]]),
+    )
+    teacher = Outputs(
+        pair_vectors=torch.tensor([[[0.5, -1.0, 2.0], [0.0, 0.0, 0.0]]]),
+        queries=torch.tensor([[0.1, 0.2, 0.3]]),
+    )
+    rank = RankNet(form="probability")(student, Outputs(scores=torch.tensor([[1.0, 0.0]])), batch).loss
+    cls, rep = (EmbeddingMatch(fields=[field], distance="mse") for field in ("pair_vectors", "queries"))
+    said = [rank.item()]
+    for one in (cls, rep):  # squared Euclidean, where the paper takes means over dimensions
+        one.bind({"pair_vectors": 3, "queries": 3}, {"pair_vectors": 3, "queries": 3})
+        said.append(one(student, teacher, batch).loss.sum().item() / 3)
+    assert said == pytest.approx([0.377541, 0.17, 0.033333], abs=1e-6)
+    assert sum(said) == pytest.approx(0.580874, abs=2e-6)
 
 
 def test_the_twin_reads_the_larger_of_each_element(ranker):
