@@ -121,14 +121,14 @@ def _with_known_answer(recipe: str) -> dict[str, bool] | None:
     }
 
 
-def study(name: str, jobs: int = 1) -> None:
-    """Run a study, ``jobs`` trainings at a time, and keep what it found."""
+def study(name: str, jobs: int = 1, train: bool = True) -> None:
+    """Run a study, ``jobs`` trainings at a time, and keep what it found; or what is finished of it."""
     from distill.ablate import Ablation
     from distill.run import Runs
 
     runs = Runs()
     ablation = Ablation(runs, runs.load_study(name), jobs)
-    ablation.run()
+    ablation.run(train)
     if ablation.failed:
         raise SystemExit(f"{len(ablation.failed)} trainings failed: {ablation.failed}")
     STUDIES.mkdir(parents=True, exist_ok=True)
@@ -236,6 +236,7 @@ def main() -> None:
     several = commands.add_parser("study")
     several.add_argument("study", help="such as studies/privileged")
     several.add_argument("--jobs", type=int, default=1, help="how many trainings at a time")
+    several.add_argument("--finished", action="store_true", help="train nothing")
     commands.add_parser("table")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -244,7 +245,7 @@ def main() -> None:
     elif arguments.command == "compare":
         compare(arguments.recipe, arguments.seeds, arguments.variant)
     elif arguments.command == "study":
-        study(arguments.study, arguments.jobs)
+        study(arguments.study, arguments.jobs, not arguments.finished)
     else:
         tables()
 

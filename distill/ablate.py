@@ -133,8 +133,10 @@ class Ablation:
             tuple(plan.costs(self.runs.judged(plan))),
         )
 
-    def run(self) -> dict[str, Any]:
+    def run(self, train: bool = True) -> dict[str, Any]:
         """Run the cells that are not finished and compare all that are; returns what ``results.json`` says.
+
+        Without ``train`` those that are finished are compared; while others are missing there is no winner.
 
         A run of another name that trained and measured the same is taken, unless ``runs.overwrite``.
 
@@ -145,7 +147,7 @@ class Ablation:
             if is_first():
                 atomic_write_text(self.folder / "study.yaml", as_yaml(self.study))
             finished = self.finished(cells)
-            waiting = [cell for cell in cells if cell.recipe.name not in finished]
+            waiting = [cell for cell in cells if train and cell.recipe.name not in finished]
             log.info("%s: %d cells, %d are finished", self.study.name, len(cells), len(finished))
             for name, folder in self.taken(finished).items():
                 log.info("%s: %s is a run of the same, and is taken for it", name, folder)
@@ -281,6 +283,10 @@ class Ablation:
         taken = {name: str(folder) for name, folder in self.taken(finished).items()}
         results |= {"seeds": self.study.seeds, "jobs": self.jobs, "failed": self.failed, "taken": taken}
         results["outdated"] = self.outdated(cells, finished)
+        results |= {"cells": len(cells), "missing": len(cells) - len(found) - len(self.failed)}
+        if results["missing"]:
+            for part in results["data"].values():
+                part["winner"] = None
         if is_first():
             _per_query(found).to_parquet(self.folder / "per_query.parquet", index=False)
             atomic_write_text(self.folder / RESULTS, json.dumps(results, indent=1) + "\n")

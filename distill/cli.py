@@ -135,6 +135,9 @@ def ablate(
             "--overwrite", help="Replace runs of variants that have changed, and take none from elsewhere."
         ),
     ] = False,
+    finished: Annotated[
+        bool, typer.Option("--finished", help="Train nothing: compare the trainings that are finished.")
+    ] = False,
     trust: Trust = None,
     runs: RunsFolder = RUNS,
     debug: Debug = False,
@@ -149,7 +152,7 @@ def ablate(
         quiet_libraries()
         all_runs = Runs(runs, trust or (), overwrite)
         ablation = Ablation(all_runs, all_runs.load_study(study, overrides or ()), jobs, memory)
-        results = ablation.run()
+        results = ablation.run(train=not finished)
         if is_first():
             print_table(*table(results), text_columns=2 + (len(results["data"]) > 1))
             print("\n".join([*lines(results), f"study folder: {ablation.folder}"]))

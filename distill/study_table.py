@@ -309,13 +309,19 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
         for name, entry in found["variants"].items():
             if "not_compared" in entry:
                 yield f"{where}{name} is not compared with {entry['against']}: {entry['not_compared']}"
-        yield f"{where}{_won(found.get('winner'), results['power'])}"
+        if not results.get("missing"):
+            yield f"{where}{_won(found.get('winner'), results['power'])}"
     yield (
         f"Differences are over queries, users or pairs, averaged over seeds; detectable: what such a test "
         f"would find with {results['power']:.0%} power; answers: texts and pairs that frozen teachers were "
         f"heard about; tokens and seconds: of one training, without asking what the store keeps; queries/s: "
         f"of many together; ms/query: of one by itself, the median."
     )
+    if results.get("missing"):
+        yield (
+            f"{results['missing']} of {results['cells']} trainings are not finished; no winner is named, and "
+            f"tested, before they are."
+        )
     if results.get("jobs", 1) > 1:
         yield f"{results['jobs']} trainings ran at a time, which seconds and queries/s suffer from."
     for cell, folder in results.get("taken", {}).items():

@@ -438,6 +438,18 @@ def test_a_study_over_two_data_sets_has_a_table_a_winner_and_folders_of_each(her
     assert [test["p_holm"] for test in p] == holm([test["p_value"] for test in p])
 
 
+def test_what_is_finished_is_compared_without_training(here, monkeypatch):
+    assert here("ablate", "seeds=[1]").code == 0
+    seen = watch(monkeypatch)
+    done = here("ablate", "--finished")
+    assert done.code == 0 and not seen
+    assert "2 of 4 trainings are not finished; no winner is named" in " ".join(done.out.split())
+    assert here.results["data"][""]["variants"]["taught"]["tests"]["nDCG@10"]["seeds"] == 1
+    assert here.results["missing"] == 2 and here.results["data"][""]["winner"] is None
+    assert here("ablate").code == 0 and len(seen) == 2 and here.results["missing"] == 0
+    assert here.results["data"][""]["winner"] is not None
+
+
 def test_other_seeds_first_keep_what_is_finished(here, monkeypatch):
     """The first seed's runs measure the teachers too; to be the first is no reason to be trained again.
 
