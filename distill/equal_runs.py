@@ -3,7 +3,8 @@
 Two runs are equal if the same models heard the same data by the same losses for as many steps, and were
 measured on the same split; names, baselines and sample queries may differ. They must have been made with the
 same packages on the same kind of device, and after the models that they took from other runs. Recipes are
-compared, not versions of this code, as where a finished run is called again.
+compared, not versions of this code or the contents of the files they name, as where a finished run is called
+again.
 """
 
 from __future__ import annotations
