@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from distill.console import markdown_table
 from distill.equal_runs import RECIPE, EqualRuns, made_again_since, runs_in
@@ -23,7 +24,7 @@ from distill.errors import Mistakes, RecipeError, RunError, UserError
 from distill.hub.files import atomic_write_text
 from distill.jobs import Job, run_jobs
 from distill.lock import only_run_in
-from distill.one_run import FINISHED, environment
+from distill.one_run import environment
 from distill.plan import Plan, heard_by
 from distill.processes import from_first, is_first, world
 from distill.recipe import read_yaml
@@ -35,7 +36,7 @@ from distill.study_plot import plot
 from distill.study_table import RESULTS, Measured, lines, measured_in, table, tabulate
 
 log = logging.getLogger("distill")
-ENDS = (UserError, RunError, MemoryError, OSError, RuntimeError)  # of one cell: also a full disk, a full GPU
+ENDS = (UserError, RunError, MemoryError, torch.OutOfMemoryError)  # of one cell, not of those behind it
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Ablation:
         A cell that fails, or whose teacher does, is told in ``failed``, and the others go on.
         """
         cells, _ = self.check()
-        with only_run_in(self.folder) if is_first() else nullcontext():
+        with only_run_in(self.folder) if train and is_first() else nullcontext():
             if is_first():
                 atomic_write_text(self.folder / "study.yaml", as_yaml(self.study))
             finished = self.finished(cells)
@@ -164,7 +165,7 @@ class Ablation:
             elif waiting:
                 self._several(cells, finished, waiting, clock)
             log.info("comparing what %d cells reached: minutes, if over thousands of pairs", len(cells))
-            return self._compare(cells, finished)
+            return self._compare(cells, self.finished(cells))
 
     def finished(self, cells: Sequence[Cell]) -> dict[str, Path]:
         """Cells that need not be trained, by name, and their folders: their own, or that of an equal run."""
@@ -203,7 +204,7 @@ class Ablation:
             except ENDS as error:
                 if world() > 1:
                     raise
-                why[name] = f"its teacher {name}: {error}"
+                why[name] = f"its teacher {name}: {_said(error)}"
         for cell in waiting:
             for name in why.keys() & set(runs_in(cell.recipe.models)):
                 self._fail(cell, why[name])
@@ -217,7 +218,7 @@ class Ablation:
             except ENDS as error:
                 if world() > 1:
                     raise  # the others may not know of it
-                self._fail(cell, str(error))
+                self._fail(cell, _said(error))
             clock.finished(cell, time.monotonic() - began)
 
     def _several(
@@ -270,8 +271,7 @@ class Ablation:
     def _compare(self, cells: Sequence[Cell], finished: Mapping[str, Path]) -> dict[str, Any]:
         recipes, found = recipes_of(self.study), dict[tuple[str, str, int], Measured]()
         for cell in cells:
-            folder = finished.get(cell.recipe.name, self.runs.folder / cell.recipe.name)
-            if str(cell) not in self.failed and (folder / FINISHED).exists():
+            if (folder := finished.get(cell.recipe.name)) is not None:
                 found[cell.data, cell.variant, cell.seed] = measured_in(folder)
         results = tabulate(
             self.study.name,
@@ -320,6 +320,10 @@ class _Clock:
         left = mean * (self.cells - done) / max(1, at_once)
         words = f", about {max(1, round(left / 60))} min left" if done < self.cells else ""
         log.info("%d of %d cells done (%s took %.0f s)%s", done, self.cells, cell, seconds, words)
+
+
+def _said(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 def _why(code: int, log: Path) -> str:

@@ -195,6 +195,10 @@ class Builder:
                 **arguments,
             }
             topics, repeat[name] = arguments.pop("topics", None), arguments.pop("repeat", 1)
+            taken = inspect.signature(data[name].train_source).parameters
+            if unknown := sorted(set(arguments) - set(taken)):
+                kind = type(data[name]).__name__
+                raise RecipeError(f"{self._place(recipe, name)}.{unknown[0]}: {kind} has no such setting.")
             try:
                 sources[name] = data[name].train_source(**arguments)
                 sources[name].topics = topics

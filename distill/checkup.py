@@ -134,6 +134,7 @@ def checkup(
     patients: list[Patient] = []
     tails = {arrow.tail for arrow in graph.arrows if arrow.tail is not None}
     heard = frozen & tails.union(*(graph.below(tail) for tail in tails))
+    heard = {name for name in heard if not graph.nodes[name].of}  # of the others the parts are looked at
     for name, part in data.items():
         for split in ("train", "dev"):
             if "train" not in part.splits or split not in part.splits:

@@ -328,7 +328,9 @@ def check_lists(graph: DistillationGraph, source: Source) -> None:
     mistakes = Mistakes()
     for name, part in judged_sources(source).items():
         labels = part.judged.labels
-        if labels is None or not len(labels) or part.negatives or not bool((labels >= 1).all()):
+        if labels is None or not len(labels) or part.negatives:
+            continue
+        if part.lists.most and not bool((labels >= 1).all()):
             continue
         for arrow in graph.arrows:
             if (arrow.data is None or name in arrow.data) and arrow.objective.contrasts:
@@ -385,11 +387,14 @@ def split_to_measure(recipe: Recipe, data: Mapping[str, DataSet]) -> tuple[str, 
 
 
 def _places(source: JudgedSource, where: str) -> Iterator[str]:
-    """How much of a query's list its own candidates leave to the samplers."""
-    asked = min(source.width, sum(sampler.count for sampler in source.listing))
-    if (left := source.places_of_samplers()) < asked:
-        share = f"samplers bring {left:.1f} of {asked} candidates a query, its listed ones the others"
-        yield where + share + ("" if left > asked / 2 else "; with `listed_negatives: 0` all would be theirs")
+    """How many negatives of its own a query lists, where samplers only bring what these leave free."""
+    if source.listing and source.labelled and len(source.query_rows):
+        own = source.lists.others()[source.query_rows].clamp(max=source.width - 1).double().mean().item()
+        if own:
+            yield (
+                f"{where}of a query's {source.width - 1} negatives {own:.1f} are its own listed ones, and "
+                f"samplers bring the others (`listed_negatives` says how many)"
+            )
 
 
 def _sides(node: Model, source: JudgedSource) -> Iterator[tuple[Table, Sequence[Readable]]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +108,10 @@ def tabulate(
             winner["test"] = None
             if data not in chosen_on_tested and winner["variant"] != winner["against"]:
                 pairs = _paired(measured, data, winner["against"], winner["variant"])
-                with suppress(DataError):  # told of the variant
+                try:
                     winner["test"] = _tested(pairs, winner["metric"], resamples, len(sets))
+                except DataError as error:
+                    winner["not_compared"] = str(error)
             winner["chosen_on_tested"] = data in chosen_on_tested
         found["winner"] = winner
     _correct([f["winner"]["test"] for f in sets.values() if f["winner"] and f["winner"]["test"]])
@@ -341,6 +342,8 @@ def _won(winner: Mapping[str, Any] | None, likely: float) -> str:
         return f"{chosen}, which is what is measured here: its p must count the others (Holm's, above)"
     if best == winner["against"]:
         return f"{chosen}: the baseline itself, so nothing is tested"
+    if "not_compared" in winner:
+        return f"{chosen}; no test of {metric}: {winner['not_compared']}"
     if test is None:
         return (
             f"{chosen}; no test of {metric}: nothing says how queries or pairs differ in it, or no seed is "

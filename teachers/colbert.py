@@ -147,8 +147,10 @@ class ColBERT(Encoder):
         if len(of) != 1:
             raise ValueError(f"it stands on the tokens of one node, not of {len(of)}.")
         ((name, node),) = of.items()
-        if not node.provides >= TOKENS or not hasattr(node, "query_tower"):
+        if not node.provides >= TOKENS:
             raise ValueError(f"'{name}' ({type(node).__name__}) says nothing of its tokens to stand on.")
+        if not hasattr(node, "query_tower"):
+            raise ValueError(f"'{name}' ({type(node).__name__}) is no bi-encoder, which alone it stands on.")
         if node.query_tower is not getattr(node, "candidate_tower", None):
             raise ValueError(f"'{name}' has two encoders, and a ColBERT is saved and served with one.")
         self.of, self.below = (name,), (node,)

@@ -109,11 +109,13 @@ class Concatenation(Encoder):
             ]
         return torch.cat(list(vectors), dim=-1)
 
+    @torch.no_grad()
     def encode_queries(self, queries: Sequence[Any], progress: bool = False) -> Tensor:
         """Vectors [n, D] float32 on the CPU, of n raw queries."""
         vectors = [part.encode_queries(queries, progress) for part in self.parts.values()]
         return self._joined(vectors, "queries")
 
+    @torch.no_grad()
     def encode_candidates(self, candidates: Sequence[Any], progress: bool = False) -> Tensor:
         """Vectors [n, D] float32 on the CPU, of n raw candidates."""
         vectors = [part.encode_candidates(candidates, progress) for part in self.parts.values()]

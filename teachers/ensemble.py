@@ -115,10 +115,10 @@ class Ensemble(Model):
             if there := [name for name, value in given.items() if value is not None]:
                 raise ValueError(f"the checkpoint says how it combines: leave out {', '.join(there)}.")
             settings, saved = read_parts(checkpoint, "Ensemble", list(self.of))
-            if settings["routed"] and routes is None:
+            if settings.get("routed") and routes is None:
                 raise ValueError(
-                    f"checkpoint {checkpoint} was saved from a recipe with routes: give them too, so that it "
-                    f"hears whom it heard there."
+                    f"checkpoint {checkpoint} was saved from a recipe with routes: use it in a recipe, with "
+                    f"these, so that it hears whom it heard there."
                 )
             combine, weights, kappa = settings["combine"], settings["weights"], settings["kappa"]
         self.combine: Combine = combine or "standardized"

@@ -55,4 +55,4 @@ class DataSet(ABC):
         name: str = "data",
         with_positive: bool = False,
     ) -> JudgedSource:
-        """Batches of the train split; the arguments are those of ``JudgedSource``."""
+        """Batches of the train split; the arguments are those of ``JudgedSource``, some of them or all."""

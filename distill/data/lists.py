@@ -14,7 +14,7 @@ class Lists:
     """A judged split's lists: each query's distinct candidates, positives first.
 
     A candidate that a query lists twice, by row or by text, is kept once, with its highest label. ``most``
-    is how many of a query's others are drawn at most; None: as many as fit.
+    is how many of a query's others are drawn at most; None: as many as fit; 0: there are positives alone.
     """
 
     rows: Ragged  # rows of candidates (the first of each text), per query
@@ -36,24 +36,23 @@ class Lists:
             self.rows = Ragged(torch.from_numpy(candidates), judged.listed.offsets)
             self.entries = torch.from_numpy(entries)
             self.positives = torch.from_numpy(np.bincount(queries[labels > 0], minlength=n))
-            self.longest = int(self.sizes().max()) if n else 0
+            self.longest = min(1, len(entries))
             return
         order = np.lexsort((entries, -labels, candidates, queries))
         first = np.ones(len(order), dtype=bool)
         first[1:] = (np.diff(queries[order]) != 0) | (np.diff(candidates[order]) != 0)
-        kept = order[first]
+        kept = order[first & ((labels[order] > 0) | (self.most > 0))]
         kept = kept[np.lexsort((kept, labels[kept] <= 0, queries[kept]))]
 
         lengths = np.bincount(queries[kept], minlength=n)
         self.rows = Ragged.of_lengths(torch.from_numpy(candidates[kept]), torch.from_numpy(lengths))
         self.entries = torch.from_numpy(kept)
         self.positives = torch.from_numpy(np.bincount(queries[kept[labels[kept] > 0]], minlength=n))
-        self.longest = int(self.sizes().max()) if n else 0
+        self.longest = int((self.others() + self.positives.clamp(max=1)).max()) if n else 0
 
-    def sizes(self) -> Tensor:
-        """How many candidates each query lists [queries], if all that may be listed fits."""
-        others = (self.rows.lengths - self.positives).clamp(max=self.most)
-        return others + self.positives.clamp(max=1)
+    def others(self) -> Tensor:
+        """How many candidates that are not positive each query may list [queries]."""
+        return (self.rows.lengths - self.positives).clamp(max=self.most)
 
     def draw(
         self, queries: Tensor, width: int, epoch: int, generator: torch.Generator

@@ -115,6 +115,8 @@ class JudgedSource(Source):
             raise ValueError(f"batch_size ({batch_size}) and candidates ({candidates}) must be at least 1.")
         if listed_negatives is not None and listed_negatives < 0:
             raise ValueError(f"listed_negatives must be 0 or more, got {listed_negatives}.")
+        if listed_negatives is not None and judged.labels is None:
+            raise ValueError(f"{judged.name}: listed_negatives: without labels nothing listed is a negative.")
         if negatives and not len(judged.candidates):
             raise ValueError(f"{judged.name}: there are no candidates that negatives could be drawn from.")
         self.judged, self.batch_size, self.seed, self.name = judged, batch_size, seed, name
@@ -253,11 +255,6 @@ class JudgedSource(Source):
     def listing(self) -> list[Negatives]:
         """The samplers whose candidates are listed; the others' are the whole batch's."""
         return [sampler for sampler in self.negatives if not sampler.background]
-
-    def places_of_samplers(self) -> float:
-        """How many places of a query's list its own candidates leave to the samplers, on average."""
-        left = self.width - self.lists.sizes()[self.query_rows].clamp(max=self.width)
-        return left.double().mean().item() if len(left) else 0.0
 
     def _drawn(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """What the samplers draw for each query [B, M], the first row of each text; what may be listed."""

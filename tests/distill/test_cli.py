@@ -197,19 +197,22 @@ def test_check_says_how_little_is_left_to_samplers(here):
     data["negatives"] = [{"type": "distill.data.RandomNegatives", "count": 3}]
     changes = {"data": data, "evaluate": {}, "baseline": False}
     done = here("check", here.recipe(changes))
-    assert (
-        "samplers bring 1.0 of 3 candidates a query, its listed ones the others; with `listed_neg" in done.out
-    )
+    assert "of a query's 3 negatives 2.0 are its own listed ones, and samplers bring the others" in done.out
     data["listed_negatives"] = 1
-    assert (
-        "samplers bring 2.0 of 3 candidates a query, its listed ones the others\n"
-        in here("check", here.recipe(changes)).out
-    )
+    done = here("check", here.recipe(changes))
+    assert "of a query's 3 negatives 1.0 are its own listed ones, and samplers bring the others" in done.out
     data["listed_negatives"] = 0
     assert "samplers bring" not in here("check", here.recipe(changes)).out
     data["listed_negatives"] = -1
     refused = here("check", here.recipe(changes))
     assert refused.code == 2 and "data: listed_negatives must be 0 or more, got -1" in refused.err
+    del data["negatives"]
+    data["listed_negatives"] = 0
+    refused = here("check", here.recipe(changes | {"losses.labels.in_batch": False}))
+    assert refused.code == 2 and "lists positives only and draws no negatives" in refused.err
+    shop = {"type": "distill.data.SimulatedPrivileged", "listed_negatives": 0}
+    refused = here("check", here.recipe({"data": shop, "evaluate": {}, "baseline": False}))
+    assert refused.code == 2 and "listed_negatives: SimulatedPrivileged has no such setting" in refused.err
 
 
 def test_check_says_what_mining_will_cost(here):
@@ -220,7 +223,7 @@ def test_check_says_what_mining_will_cost(here):
     assert (
         "cross is asked about up to 88 pairs for negatives, each epoch" in done.out
     )  # 8 x (10 and 1 positive)
-    assert "samplers bring" not in done.out  # the data lists positives only: all negatives are theirs
+    assert "samplers bring" not in done.out  # the data lists positives alone: all negatives are theirs
     teacher = {"type": "students.BiEncoder", "checkpoint": str(here.encoder)}
     done = here("check", here.recipe(mined("teacher") | {"models.teacher": teacher}))
     assert "teacher encodes 20 candidates and 8 queries for negatives, once" in done.out

@@ -318,7 +318,7 @@ def test_a_cached_gradient_is_the_plain_one(of, bert):
         ({"checkpoint": "bert", "markers": [], "max_length": 2}, "max_length must be between 3 and 64"),
         ({"of": "student", "max_length": 10}, "it reads nothing: give dim, punctuation"),
         ({"of": "cross"}, r"'cross' \(CrossEncoder\) says nothing of its tokens"),
-        ({"of": "virtual"}, r"'virtual' \(VirtualInteraction\) says nothing of its tokens"),
+        ({"of": "virtual"}, r"'virtual' \(VirtualInteraction\) is no bi-encoder"),
         ({"of": "two"}, "'two' has two encoders, and a ColBERT is saved and served with one"),
     ],
 )

@@ -270,7 +270,7 @@ def test_who_is_heard_depends_on_a_column():
 def test_what_was_saved_with_routes_is_opened_with_routes(tmp_path):
     parts = {"a": Scores(torch.randn(B, N)), "b": Scores(torch.randn(B, N))}
     Ensemble(parts, routes={"here": ["a"]}).save_pretrained(tmp_path / "routed")
-    with pytest.raises(ValueError, match="saved from a recipe with routes: give them too"):
+    with pytest.raises(ValueError, match="saved from a recipe with routes: use it in a recipe, with these"):
         Ensemble(parts, checkpoint=tmp_path / "routed")
     again = Ensemble(parts, routes={"here": ["a"]}, checkpoint=tmp_path / "routed")
     assert again.combine == "standardized" and not again.measurable

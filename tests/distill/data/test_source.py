@@ -154,7 +154,8 @@ def test_listed_negatives_leave_the_other_places_to_samplers():
     new = {
         most: TextSource(data, 2, 4, [Fixed([8, 9, 10])], listed_negatives=most) for most in (None, 0, 1, 2)
     }
-    assert [round(source.places_of_samplers(), 6) for source in new.values()] == [1.0, 3.0, 2.0, 1.5]
+    assert [source.lists.others().tolist() for source in new.values()] == [[3, 1], [0, 0], [1, 1], [2, 1]]
+    assert new[0].lists.rows.values.tolist() == [0, 4]  # teachers are asked about no more
     there = {most: listed(source.batch(0, 0)) for most, source in new.items()}
     drawn = {most: [sum(row >= 8 for row, _ in there[most][q]) for q in (0, 1)] for most in there}
     assert drawn == {None: [0, 2], 0: [3, 3], 1: [2, 2], 2: [1, 2]}
@@ -164,6 +165,8 @@ def test_listed_negatives_leave_the_other_places_to_samplers():
     assert TextSource(data, 2, 4, listed_negatives=0).width == 1
     with pytest.raises(ValueError, match="listed_negatives must be 0 or more, got -1"):
         TextSource(data, 2, listed_negatives=-1)
+    with pytest.raises(ValueError, match="without labels nothing listed is a negative"):
+        TextSource(judged([[0, 1]], None), 1, listed_negatives=0)
 
 
 def test_too_few_negatives_leave_padding():
