@@ -27,6 +27,7 @@ STUDIES = RESULTS.parent / "studies"
 COMPARED = RESULTS.parent / "compared"
 README = Path(__file__).parent.parent / "recipes" / "README.md"
 KEPT = ("keep", "steps", "best_step", "dev", "cost", "models", "references", "comparison")
+MOST_ROWS = 40  # of a study's table in README: of a longer one its first metric stands there
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 STUDY = re.compile(
     r"(?P<begin><!-- study (?P<name>\w+): begin -->).*?(?P<end><!-- study (?P=name): end -->)", re.DOTALL
@@ -147,7 +148,15 @@ def tables() -> None:
 
 def _of_study(marks: re.Match) -> str:
     path = STUDIES / f"{marks['name']}.md"
-    return f"{marks['begin']}\n{path.read_text().strip()}\n{marks['end']}" if path.exists() else marks[0]
+    if not path.exists():
+        return marks[0]
+    lines = path.read_text().strip().splitlines()
+    rows = [line for line in lines if line.startswith("|")][2:]
+    if len(rows) > MOST_ROWS:
+        first = rows[0].split("|")[2]  # of variant, metric, ...
+        lines = [line for line in lines if line not in rows or line.split("|")[2] == first]
+        lines += ["", f"Other metrics: [`{path.name}`](../benchmarks/results/studies/{path.name})."]
+    return "\n".join([marks["begin"], *lines, marks["end"]])
 
 
 def _of_recipes() -> list[str]:
