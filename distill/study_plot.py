@@ -58,8 +58,7 @@ def _panel(axes: Any, found: Mapping[str, Any], title: str, confidence: float) -
         axes.plot(single, [row] * len(single), ".", color="C1", markersize=5)
     names = [f"{name} - {entry['against']}" for name, entry in tested.items()]
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.margins(y=0.2)
+    axes.set_ylim(len(names) - 0.4, -0.6)  # the first above
     unit = next(entry["tests"][metric]["of"] for entry in tested.values())
     axes.set_xlabel(f"difference in {metric} ({confidence:.0%} interval over {unit}; dots: seeds)")
     axes.set_title(title)
