@@ -165,7 +165,8 @@ class Ablation:
             elif waiting:
                 self._several(cells, finished, waiting, clock)
             log.info("comparing what %d cells reached: minutes, if over thousands of pairs", len(cells))
-            return self._compare(cells, self.finished(cells))
+            made = [cell.recipe for cell in waiting if self.runs.is_finished(cell.recipe)]
+            return self._compare(cells, finished | {one.name: self.runs.folder / one.name for one in made})
 
     def finished(self, cells: Sequence[Cell]) -> dict[str, Path]:
         """Cells that need not be trained, by name, and their folders: their own, or that of an equal run."""
@@ -273,20 +274,19 @@ class Ablation:
         for cell in cells:
             if (folder := finished.get(cell.recipe.name)) is not None:
                 found[cell.data, cell.variant, cell.seed] = measured_in(folder)
+        missing = len(cells) - len(found) - len(self.failed)
         results = tabulate(
             self.study.name,
             {name: compared_with(self.study, name) for name in self.study.variants},
             {data: metrics_of(self.study, recipe) for data, recipe in recipes.plain.items()},
             found,
             chosen_on_tested=[data for data, r in recipes.plain.items() if r.evaluate.split == "dev"],
+            choose=not missing,
         )
         taken = {name: str(folder) for name, folder in self.taken(finished).items()}
         results |= {"seeds": self.study.seeds, "jobs": self.jobs, "failed": self.failed, "taken": taken}
         results["outdated"] = self.outdated(cells, finished)
-        results |= {"cells": len(cells), "missing": len(cells) - len(found) - len(self.failed)}
-        if results["missing"]:
-            for part in results["data"].values():
-                part["winner"] = None
+        results |= {"cells": len(cells), "missing": missing}
         if is_first():
             _per_query(found).to_parquet(self.folder / "per_query.parquet", index=False)
             atomic_write_text(self.folder / RESULTS, json.dumps(results, indent=1) + "\n")

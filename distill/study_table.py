@@ -59,6 +59,7 @@ def tabulate(
     measured: Mapping[Place, Measured],
     resamples: int = 9999,
     chosen_on_tested: Collection[str] = (),
+    choose: bool = True,
 ) -> dict[str, Any]:
     """Everything that a study found, as plain data.
 
@@ -73,6 +74,7 @@ def tabulate(
         measured: What the finished cells reached.
         resamples: Of each interval and each test.
         chosen_on_tested: Data sets whose dev is what was measured: the best is told there, without a test.
+        choose: Name a winner, and test it; not while trainings are missing.
     """
     sets: dict[str, dict[str, Any]] = {
         data: {
@@ -104,7 +106,8 @@ def tabulate(
             if metric in entry.get("tests", {})
         ])  # fmt: skip
     for data, found in sets.items():
-        if (winner := _winner(found, variants)) is not None:
+        winner = _winner(found, variants) if choose else None
+        if winner is not None:
             winner["test"] = None
             if data not in chosen_on_tested and winner["variant"] != winner["against"]:
                 pairs = _paired(measured, data, winner["against"], winner["variant"])

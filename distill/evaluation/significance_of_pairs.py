@@ -14,7 +14,7 @@ from distill.errors import DataError
 from distill.evaluation.significance import CONFIDENCE, Comparison, compare, mean_over_seeds
 
 WHOLE = ("Spearman", "Pearson", "AUC")
-BOOTSTRAPS = 1999  # of the interval: each sorts all pairs again
+BOOTSTRAPS = 1999  # of the interval: each ranks all pairs again
 AT_ONCE = 2**22  # scores
 
 
@@ -68,17 +68,17 @@ def compare_pairs(
     of_ranks = metric != "Pearson"
     measure: Callable[..., np.ndarray] = _auc if metric == "AUC" else _correlation
 
-    def ranks(values: np.ndarray) -> np.ndarray:
-        return scipy.stats.rankdata(values, axis=-1) if of_ranks else values
+    def reader(values: np.ndarray, ranked: bool = of_ranks) -> Callable[[np.ndarray], np.ndarray]:
+        """What a draw of rows [R, m] reads of values [n]: their ranks in the draw, or themselves."""
+        return _Ranks(values) if ranked else values.__getitem__
 
-    def goal(labels: np.ndarray) -> np.ndarray:  # AUC reads labels as they are
-        return ranks(labels) if metric == "Spearman" else labels
+    goal = reader(labels, metric == "Spearman")  # AUC reads labels as they are
+    trainings = [[reader(scores) for scores in model] for model in (first, second)]
 
     def drawn(rows: np.ndarray, axis: int = -1) -> np.ndarray:
-        chosen = goal(labels[rows])
-        return measure(ranks(second[:, rows]), chosen).mean(0) - measure(ranks(first[:, rows]), chosen).mean(
-            0
-        )
+        chosen = goal(rows)
+        a, b = (np.mean([measure(read(rows), chosen) for read in model], axis=0) for model in trainings)
+        return b - a
 
     batch = max(1, AT_ONCE // first.size)
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
@@ -99,7 +99,7 @@ def compare_pairs(
         interval = np.nanquantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
         spread = float(np.nanstd(draws, ddof=1)) * math.sqrt(n)
     both = np.concatenate([_of_one_scale(first, of_ranks), _of_one_scale(second, of_ranks)], axis=1)
-    truth = goal(labels)
+    truth = goal(np.arange(n))
 
     def swapped(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
         return measure(both[:, y], truth).mean(0) - measure(both[:, x], truth).mean(0)
@@ -116,6 +116,25 @@ def compare_pairs(
     difference = float(drawn(np.arange(n)))
     low, high = (float(end) for end in interval)
     return Comparison(difference, low, high, float(test.pvalue), n, spread)
+
+
+class _Ranks:
+    """Ranks of values [n] among those that are drawn with them, without sorting them again.
+
+    Called with rows [..., m] it returns what ``scipy.stats.rankdata`` says of the values there: of equal ones
+    their mean rank, from 1.
+    """
+
+    def __init__(self, values: np.ndarray):
+        distinct, self.codes = np.unique(values, return_inverse=True)
+        self.size = len(distinct)
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        codes = self.codes[rows].reshape(-1, rows.shape[-1])
+        places = codes + np.arange(len(codes))[:, None] * self.size
+        counts = np.bincount(places.ravel(), minlength=len(codes) * self.size).reshape(-1, self.size)
+        ranks = counts.cumsum(axis=1) - (counts - 1) / 2
+        return ranks.ravel()[places].reshape(rows.shape)
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -309,6 +309,17 @@ def test_a_run_with_a_baseline_is_taken_without_it(here, monkeypatch):
     assert list(read_yaml(here.runs / "mine/study/taught/seed1/recipe.yaml")["data"]) == ["lists", "texts"]
 
 
+def teacher_by_a_run(here):
+    """The study's cross-encoder is made by a recipe that is run first."""
+    cross = {"name": "cross", **{key: here.recipe[key] for key in ("train", "evaluate")}}
+    cross["data"] = {"lists": here.recipe["data"]["lists"]}
+    cross["models"] = {"cross": {**here.recipe["models"]["cross"], "train": True}}
+    cross |= {"keep": "cross", "losses": {"labels": {**LISTED, "to": "cross"}}}
+    path = here.folder / "cross.yaml"
+    path.write_text(json.dumps(cross))
+    here.recipe["models"]["cross"]["checkpoint"] = {"run": str(path)}
+
+
 @pytest.mark.parametrize("kind", [RunError, torch.OutOfMemoryError])
 def test_a_cell_that_fails_is_told_and_the_others_are_compared(kind, here, monkeypatch):
     fit = Trainer.fit
@@ -330,13 +341,7 @@ def test_a_cell_that_fails_is_told_and_the_others_are_compared(kind, here, monke
 
 
 def test_a_teacher_that_fails_takes_its_own_cells_alone(here, monkeypatch):
-    cross = {"name": "cross", **{key: here.recipe[key] for key in ("train", "evaluate")}}
-    cross["data"] = {"lists": here.recipe["data"]["lists"]}
-    cross["models"] = {"cross": {**here.recipe["models"]["cross"], "train": True}}
-    cross |= {"keep": "cross", "losses": {"labels": {**LISTED, "to": "cross"}}}
-    path = here.folder / "cross.yaml"
-    path.write_text(json.dumps(cross))
-    here.recipe["models"]["cross"]["checkpoint"] = {"run": str(path)}
+    teacher_by_a_run(here)
     fit = Trainer.fit
 
     def failing(self):
@@ -470,13 +475,7 @@ def test_other_seeds_first_keep_what_is_finished(here, monkeypatch):
 
 
 def test_who_learnt_from_a_teacher_that_was_made_again_is_told(here, monkeypatch):
-    cross = {"name": "cross", **{key: here.recipe[key] for key in ("train", "evaluate")}}
-    cross["data"] = {"lists": here.recipe["data"]["lists"]}
-    cross["models"] = {"cross": {**here.recipe["models"]["cross"], "train": True}}
-    cross |= {"keep": "cross", "losses": {"labels": {**LISTED, "to": "cross"}}}
-    path = here.folder / "cross.yaml"
-    path.write_text(json.dumps(cross))
-    here.recipe["models"]["cross"]["checkpoint"] = {"run": str(path)}
+    teacher_by_a_run(here)
     for _ in range(2):
         assert here("ablate", "seeds=[1]").code == 0
         assert here.results["outdated"] == {}
