@@ -304,9 +304,13 @@ class DistillationGraph(nn.Module):
                 if sources and data not in sources:
                     there = ", ".join(sources)
                     problems.append(f"models.{name}: there is no data set '{data}'; there are {there}.")
-        if self.trained and not self.trainable():
-            names = " and ".join(sorted(self.trained))
-            problems.append(f"models: {names} has no parameter that could learn; there is nothing to train.")
+        for name in sorted(self.trained):
+            parts = {name} | (self.below(name) & self.trained)
+            if not any(p.requires_grad for part in parts for p in self.nodes[part].parameters()):
+                problems.append(
+                    f"models.{name}: it is to be trained, but has no parameter that could learn; "
+                    f"set `train: false`."
+                )
         frozen = {
             id(p): n for n, node in self.nodes.items() if n not in self.trained for p in node.parameters()
         }

@@ -324,20 +324,27 @@ def check_scores(graph: DistillationGraph, source: Source) -> None:
 
 
 def check_lists(graph: DistillationGraph, source: Source) -> None:
-    """Refuse losses that tell positives from negatives where there will never be a negative."""
+    """Refuse losses that compare what a query lists where there will never be two, or never a negative."""
     mistakes = Mistakes()
     for name, part in judged_sources(source).items():
         labels = part.judged.labels
-        if labels is None or not len(labels) or part.negatives:
-            continue
-        if part.lists.most and not bool((labels >= 1).all()):
-            continue
+        alike = labels is not None and len(labels) > 0 and not part.negatives
+        alike = alike and not (part.lists.most and bool((labels < 1).any()))
         for arrow in graph.arrows:
-            if (arrow.data is None or name in arrow.data) and arrow.objective.contrasts:
+            where, kind = f"losses.{arrow.name}", type(arrow.objective).__name__
+            if arrow.data is not None and name not in arrow.data:
+                continue
+            if alike and arrow.objective.contrasts:
                 mistakes.add(
-                    f"losses.{arrow.name}: {type(arrow.objective).__name__} tells listed positives from "
-                    f"listed negatives, but the data set '{name}' lists positives only and draws no "
-                    f"negatives. Give it `negatives`, or take a loss with `in_batch: true`."
+                    f"{where}: {kind} tells listed positives from listed negatives, but the data set "
+                    f"'{name}' lists positives only and draws no negatives. Give it `negatives`, or take a "
+                    f"loss with `in_batch: true`."
+                )
+            elif 0 < part.width < arrow.objective.least_listed:
+                mistakes.add(
+                    f"{where}: {kind} compares the candidates of a list with each other, and lists of the "
+                    f"data set '{name}' hold one. Give it `negatives` and `candidates` of at least 2, or "
+                    f"limit the arrow with `data:`."
                 )
     mistakes.report()
 

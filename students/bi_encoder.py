@@ -24,6 +24,7 @@ from distill.model import Encoder
 from distill.nn.precision import Precision, serving_autocast
 from distill.nn.text_encoder import (
     TextEncoder,
+    check_sizes,
     checkpoint_activations,
     dropout_arguments,
     in_slices,
@@ -128,6 +129,7 @@ class BiEncoder(Encoder):
                 text, pooling or layout.pooling, layout.normalize if normalize is None else normalize, dense
             )
 
+        check_sizes(dim=dim, max_length=max_length, query_max_length=query_max_length)
         self.query_tower = tower(layouts[0])
         self.candidate_tower = tower(layouts[1]) if separate else self.query_tower
         self.max_length = max_length or layouts[1].candidate_length or layouts[1].max_length or 512

@@ -16,7 +16,7 @@ from distill.hub import load_heads, local_folder, read_own, resolve_checkpoint
 from distill.maxsim import maxsim_all, maxsim_pairs
 from distill.model import Encoder
 from distill.nn.precision import Precision, serving_autocast
-from distill.nn.text_encoder import in_slices
+from distill.nn.text_encoder import check_sizes, in_slices
 from distill.objectives.checks import check_choice
 from distill.outputs import Needs, Outputs
 from distill.tokens import Tokens
@@ -103,6 +103,7 @@ class TwoRankers(OverTexts, Encoder):
             raise ValueError(
                 "size is that of a token's vector, which only `ranker: maxsim` has; leave it out."
             )
+        check_sizes(size=size)
         self.texts = BiEncoder(
             checkpoint,
             pooling=pooling,
@@ -279,6 +280,16 @@ class TwoRankers(OverTexts, Encoder):
             scores = self.ranked(self.merged(cls_q, cls_c), rep_q, rep_c)
         self.train(learning)
         return scores.cpu()
+
+    def score_pairs(
+        self, queries: Sequence[str], candidates: Sequence[str], progress: bool = False
+    ) -> Tensor:
+        """Scores [n] float32 on the CPU, of n raw pairs."""
+        scores = [torch.zeros(0)]
+        for part in in_slices(len(queries), 4096, progress, "pairs"):
+            sides = self.encode_queries(queries[part]), self.encode_candidates(candidates[part])
+            scores.append(self.score_encoded(*sides))
+        return torch.cat(scores)
 
     def _apart(self, encoded: Ragged) -> tuple[Tensor, Ragged]:
         """CLS [n, D] and tokens of encoded texts."""

@@ -22,6 +22,7 @@ from distill.nn.precision import Precision, serving_autocast
 from distill.nn.text_encoder import (
     Head,
     TextEncoder,
+    check_sizes,
     checkpoint_activations,
     dropout_arguments,
     in_slices,
@@ -99,6 +100,7 @@ class ColBERT(Encoder):
         super().__init__()
         if (checkpoint is None) == (of is None):
             raise ValueError("give either a `checkpoint`, or the node it stands on by `of: NODE`.")
+        check_sizes(dim=dim)
         self.checkpoint = None if checkpoint is None else str(checkpoint)
         self.precision = precision
         self.reader: TokenReader | None = None

@@ -20,7 +20,14 @@ from distill.hub import (
     write_own,
 )
 from distill.nn.precision import Precision, serving_autocast
-from distill.nn.text_encoder import TextEncoder, dropout_arguments, in_slices, keep_layers, load_backbone
+from distill.nn.text_encoder import (
+    TextEncoder,
+    check_sizes,
+    dropout_arguments,
+    in_slices,
+    keep_layers,
+    load_backbone,
+)
 from distill.nn.tokenizer import TextTokenizer
 from distill.outputs import Needs, Outputs
 from teachers.pairs import ReadsPairs
@@ -43,7 +50,7 @@ class CrossEmbedding(ReadsPairs):
     Args:
         checkpoint: Hub name, folder, or ``package:NAME/FOLDER``.
         max_length: Ids of a whole pair; None takes what the checkpoint allows, at most 512.
-        query_max_length: Ids of the query inside the pair; None: 64.
+        query_max_length: Ids of the query inside the pair; None: 64, or three quarters of a short pair.
         layers: Keep the first n, or these, layers of the checkpoint.
         dropout: Of the transformer's layers while it is trained; None keeps the checkpoint's.
         chunk_tokens: See :class:`distill.nn.text_encoder.TextEncoder`.
@@ -74,18 +81,12 @@ class CrossEmbedding(ReadsPairs):
         backbone = load_backbone(AutoModel, transformer, **dropout_arguments(transformer, dropout))
         if layers is not None:
             keep_layers(backbone, layers)
+        check_sizes(max_length=max_length, query_max_length=query_max_length)
         self.max_length: int = max_length or own.get("max_length") or min(layout.max_length or 512, 512)
-        self.query_max_length: int = query_max_length or own.get("query_max_length") or 64
         self.precision = precision
         self.checkpoint = str(checkpoint)
         self.encoder = TextEncoder(backbone, TextTokenizer.from_pretrained(transformer), chunk_tokens)
-        self.encoder.check_length("max_length", self.max_length)
-        room = self.max_length - self.encoder.tokenizer.pair_specials
-        if not 0 < self.query_max_length < room:
-            raise ValueError(
-                f"query_max_length must be between 1 and {room - 1}, so that a pair of max_length "
-                f"{self.max_length} has room for the candidate; got {self.query_max_length}."
-            )
+        self.query_max_length: int = self.room_for_query(query_max_length or own.get("query_max_length"))
         self.eval()
 
     @property

@@ -15,6 +15,7 @@ from distill.hub.checkpoint import read_config
 from distill.nn.precision import Precision, serving_autocast
 from distill.nn.text_encoder import (
     TextEncoder,
+    check_sizes,
     checkpoint_activations,
     dropout_arguments,
     in_slices,
@@ -44,8 +45,8 @@ class CrossEncoder(ReadsPairs):
         classes: C; None takes what the checkpoint has, 1 where it has no head.
         max_length: Ids of a whole pair; None takes what the checkpoint allows, at most 512.
         query_max_length: Ids of the query inside the pair, special ones not counted; None takes what the
-            checkpoint was saved with, else 64. Where the first text is as long as the second (RTE), give
-            it half of ``max_length``.
+            checkpoint was saved with, else 64, or three quarters of a short pair. Where
+            the first text is as long as the second (RTE), give it half of ``max_length``.
         layers: Keep the first n, or these, layers of the checkpoint.
         dropout: Of the transformer's layers and the head, while it is trained; None keeps the checkpoint's.
         activation_checkpointing: Compute activations again in the backward: less memory, more time.
@@ -91,16 +92,14 @@ class CrossEncoder(ReadsPairs):
         if activation_checkpointing:
             checkpoint_activations(backbone)
         self.classes: int = backbone.config.num_labels
+        check_sizes(max_length=max_length, query_max_length=query_max_length)
         self.max_length = max_length or min(layout.max_length or 512, 512)
-        self.query_max_length = (layout.query_length or 64) if query_max_length is None else query_max_length
         self.precision = precision
         self.checkpoint = str(checkpoint)
         self.encoder = TextEncoder(
             backbone, TextTokenizer.from_pretrained(layout.transformer_folder), chunk_tokens
         )
-        self.encoder.check_length("max_length", self.max_length)
-        if self.query_max_length < 1:
-            raise ValueError(f"query_max_length must be at least 1, got {query_max_length}.")
+        self.query_max_length = self.room_for_query(query_max_length or layout.query_length)
         self.eval()
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distill.batch import Ragged
 from distill.hub import MultiVectorLayout
-from distill.nn.text_encoder import Head, TextEncoder
+from distill.nn.text_encoder import Head, TextEncoder, check_sizes
 from distill.nn.tokenizer import TextColumn
 from distill.tokens import Tokens
 
@@ -43,6 +43,7 @@ class TokenReader(nn.Module):
         markers: Sequence[str] | None,
     ):
         super().__init__()
+        check_sizes(query_max_length=query_length, max_length=candidate_length)
         self.encoder = encoder
         longest, text = layout.max_length or 512, encoder.tokenizer.tokenizer
         self.lengths = (

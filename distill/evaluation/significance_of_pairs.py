@@ -140,7 +140,8 @@ class _Ranks:
 def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Pearson's, along the last axis; of ranks it is Spearman's."""
     x, y = x - x.mean(axis=-1, keepdims=True), y - y.mean(axis=-1, keepdims=True)
-    return (x * y).sum(axis=-1) / np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
+    xy, xx, yy = (np.einsum("...n,...n->...", *pair) for pair in ((x, y), (x, x), (y, y)))
+    return xy / np.sqrt(xx * yy)
 
 
 def _auc(ranks: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -41,6 +41,13 @@ NOT_ITS_ANSWERS = ("dtype", "torch_dtype", "transformers_version")  # of a confi
 Head = Callable[[Any, Tensor], Tensor]
 
 
+def check_sizes(**sizes: int | None) -> None:
+    """Refuse lengths and dimensions that are given and below 1."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}.")
+
+
 class TextEncoder(nn.Module):
     """Runs a ``transformers`` model over texts of all lengths without wasting work on padding.
 

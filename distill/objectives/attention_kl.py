@@ -49,7 +49,8 @@ class AttentionKL(AttentionObjective):
         official: Divide by the number of padded rows, as the authors' code does; see ``AttentionMSE``.
         first: Of how many listed candidates, from the first (positives come first); None: of all.
         student: ``attention``, or ``tokens``: its map is the softmax of its token vectors' products
-            (ColBERT's, as ERNIE-Search does), and the teacher's map is averaged over heads.
+            (ColBERT's, as ERNIE-Search does), and the teacher's map, of each of its ``layers`` that are
+            named, is averaged over heads.
         temperature: Divides the products of ``tokens``; None: 1.
 
     References:
@@ -88,6 +89,14 @@ class AttentionKL(AttentionObjective):
         if student != "tokens" and temperature is not None:
             raise ValueError(
                 "temperature divides the products of `student: tokens`, and is nothing without it."
+            )
+        if student == "tokens" and heads != "each":
+            raise ValueError("heads: for `student: tokens` the teacher's are averaged anyway; leave it out.")
+        named = () if isinstance(layers, str) else layers
+        if student == "tokens" and not all(isinstance(layer, int) for layer in named):
+            raise ValueError(
+                f"layers: `student: tokens` has one map and no layers, so name the teacher's alone, as [-1]; "
+                f"got {layers}."
             )
         by_tokens = (1.0 if temperature is None else temperature) if student == "tokens" else None
         super().__init__(layers, heads, official, first, by_tokens)

@@ -54,6 +54,7 @@ class Objective(nn.Module, ABC):
 
     across = False  # True: compares queries with each other
     least_queries: ClassVar[int] = 0  # a batch of fewer has nothing to compare
+    least_listed: int = 0  # a list of fewer has nothing to compare
     labelled = False  # True: reads batch.labels
     corrects = False  # True: takes out how likely a candidate is drawn (Batch.log_q)
     contrasts = False  # True: learns nothing, or nothing but yes, from lists of positives only

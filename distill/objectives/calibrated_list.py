@@ -50,6 +50,8 @@ class CalibratedList(Objective):
         tensor([1.0064])
     """
 
+    least_listed = 2
+
     def __init__(self) -> None:
         super().__init__(student_needs=Needs("scores"), teacher_needs=Needs("scores"))
 

@@ -73,6 +73,8 @@ class LambdaMRR(Objective):
         tensor([0.2312])
     """
 
+    least_listed = 2
+
     def __init__(self, groups: Sequence[int] | None = None, temperature: float = 1.0):
         super().__init__(student_needs=Needs("scores"), teacher_needs=Needs("scores"))
         check_positive(temperature=temperature)

@@ -52,6 +52,8 @@ class LayerScoreKL(Objective):
         tensor([True])
     """
 
+    least_listed = 2
+
     def __init__(
         self,
         layers: int | None = None,

@@ -73,9 +73,10 @@ class MarginMSE(Objective):
         super().__init__(student_needs=Needs(field), teacher_needs=Needs(field))
         check_choice("pairs", pairs, ("positive", "all"))
         check_positive(scale=scale)
-        self.labelled = self.contrasts = pairs == "positive"
+        self.labelled = pairs == "positive"
+        self.contrasts = self.labelled and not in_batch
         self.scale = scale
-        self.across = in_batch
+        self.across, self.least_listed = in_batch, 0 if in_batch else 2
         self.field = field
 
     def sides(self, batch: Batch) -> tuple[Tensor, Tensor]:

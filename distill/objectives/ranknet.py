@@ -61,6 +61,8 @@ class RankNet(Objective):
         tensor([0.6931])
     """
 
+    least_listed = 2
+
     def __init__(self, temperature: float = 1.0, form: Literal["log", "probability"] = "log"):
         super().__init__(student_needs=Needs("scores"), teacher_needs=Needs("scores"))
         check_positive(temperature=temperature)

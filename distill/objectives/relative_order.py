@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from distill.batch import Batch
 from distill.objectives.base import Objective
@@ -14,11 +15,25 @@ from distill.objectives.checks import Fields, check_fields, check_shapes
 from distill.objectives.similarity_match import cosines, texts_in
 from distill.outputs import Needs, Outputs
 
+AT_ONCE = 2**24  # comparisons that are held, 64 MB for each tensor of them
 
-def relative_order(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
-    """Mean hinge over the pairs of others that the teacher orders, by their likeness [R, R] to each: [R]."""
+
+def relative_order(student: Tensor, teacher: Tensor, margin: float, at_once: int = AT_ONCE) -> Tensor:
+    """Mean hinge over the pairs of others that the teacher orders, by their likeness [R, R] to each: [R].
+
+    Where there are more than ``at_once`` comparisons, each block of them is made again in the backward.
+    """
     check_shapes(student=student, teacher=teacher)
     other = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
+    blocks = [one.split(max(1, at_once // max(1, len(student) ** 2))) for one in (student, teacher, other)]
+    if len(blocks[0]) == 1:
+        return _of_rows(student, teacher, other, margin)
+    parts = [checkpoint(_of_rows, *block, margin, use_reentrant=False) for block in zip(*blocks, strict=True)]
+    return torch.cat(parts)
+
+
+def _of_rows(student: Tensor, teacher: Tensor, other: Tensor, margin: float) -> Tensor:
+    """The same of r of the R texts: [r]."""
     nearer = (teacher[:, :, None] > teacher[:, None, :]) & other[:, :, None] & other[:, None, :]
     losses = F.relu(student[:, None, :] - student[:, :, None] + margin).masked_fill(~nearer, 0.0)
     return losses.sum(dim=(1, 2)) / nearer.sum(dim=(1, 2)).clamp(min=1)

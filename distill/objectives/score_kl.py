@@ -78,7 +78,7 @@ class ScoreKL(Objective):
         check_positive(temperature=temperature, teacher_temperature=teacher_temperature)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
-        self.across = in_batch
+        self.across, self.least_listed = in_batch, 0 if in_batch else 2
         self.field = field
 
     def compared(self, batch: Batch) -> Tensor:

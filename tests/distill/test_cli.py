@@ -210,6 +210,9 @@ def test_check_says_how_little_is_left_to_samplers(here):
     data["listed_negatives"] = 0
     refused = here("check", here.recipe(changes | {"losses.labels.in_batch": False}))
     assert refused.code == 2 and "lists positives only and draws no negatives" in refused.err
+    order = {"type": "distill.objectives.RankNet", "from": "labels", "to": "student"}
+    refused = here("check", here.recipe(changes | {"losses.labels": order}))
+    assert refused.code == 2 and "losses.labels: RankNet compares the candidates of a list" in refused.err
     shop = {"type": "distill.data.SimulatedPrivileged", "listed_negatives": 0}
     refused = here("check", here.recipe({"data": shop, "evaluate": {}, "baseline": False}))
     assert refused.code == 2 and "listed_negatives: SimulatedPrivileged has no such setting" in refused.err

@@ -35,6 +35,9 @@ def in_a_loop(queries, candidates):
 
 def test_the_worked_example():
     queries, candidates = rows([[1, 0], [0, 1], [1, 1]]), rows([[3, 4], [1, -1]], [[1, 0]])
+    products = queries[0] @ candidates[0].T
+    expected = [[0.6, 0.707107], [0.8, -0.707107], [0.989949, 0.0]]
+    torch.testing.assert_close(products, torch.tensor(expected), atol=1e-6, rtol=0)
     first = torch.tensor([0])
     assert maxsim_pairs(queries, candidates, first, first).item() == pytest.approx(2.497056, abs=1e-6)
     assert maxsim_all(queries, candidates)[0, 0].item() == pytest.approx(2.497056, abs=1e-6)

@@ -12,7 +12,7 @@ from distill.objectives import EmbeddingMatch, RankNet
 from distill.open import open_model
 from distill.outputs import Needs, Outputs
 from students import BiEncoder, TwoRankers
-from teachers import ColBERT, CrossEncoder
+from teachers import ColBERT, CrossEncoder, Ensemble
 
 QUERIES = ["what is a wing", "heart", "how does a ship flow in the river"]
 PASSAGES = ["a wing is a surface in the flow of air", "the heart moves blood", "city", "old film " * 9]
@@ -264,6 +264,16 @@ def test_evaluation_encodes_each_text_once_and_never_a_pair(ranker):
     second = model.score_encoded(queries[1].expand(3, -1), candidates[[1, 3, 0]])
     expected = [1 / (1 + int((scores > scores[0]).sum())) for scores in (first, second)]
     assert found.means["MAP"] == pytest.approx(sum(expected) / 2)
+
+
+@pytest.mark.parametrize("kind", ["dot", "maxsim"])
+def test_raw_pairs_are_scored_alone_and_as_part_of_an_ensemble(kind, ranker):
+    model = ranker(ranker=kind, **({"size": 16} if kind == "maxsim" else {}))
+    pairs = [*QUERIES[:2], QUERIES[0]], PASSAGES[:3]
+    expected = model.score_encoded(model.encode_queries(pairs[0]), model.encode_candidates(pairs[1]))
+    torch.testing.assert_close(model.score_pairs(*pairs), expected)
+    torch.testing.assert_close(Ensemble({"one": model}, "scores").score_pairs(*pairs), expected)
+    assert model.score_pairs([], []).shape == (0,)
 
 
 def test_a_ranker_it_does_not_have_is_refused(tiny_bert):

@@ -135,7 +135,7 @@ def test_a_text_without_a_token_is_refused(model):
         model.represent(batch_of(model, ["wing", "", "ship"]), Needs("scores"))
 
 
-@pytest.mark.parametrize("given", [{"query_max_length": 125}, {"max_length": 20}, {"query_max_length": -1}])
+@pytest.mark.parametrize("given", [{"query_max_length": 125}, {"max_length": 20, "query_max_length": 17}])
 def test_lengths_that_leave_no_room_for_a_candidate_are_refused(given, tiny_bert):
     with pytest.raises(ValueError, match=r"query_max_length must be between 1 and .* room for the candidate"):
         CrossEmbedding(tiny_bert(), **given)

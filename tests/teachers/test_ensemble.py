@@ -329,8 +329,17 @@ def test_a_trained_part_learns_through_an_ensemble_and_a_frozen_ensemble_gives_n
     parts["a"].vectors.grad = None
     graph(a_batch())["order"].loss.sum().backward()
     assert not nodes["all"].training and parts["a"].vectors.grad.any()
-    with pytest.raises(RecipeError, match="all has no parameter that could learn"):
+    with pytest.raises(RecipeError, match="all: it is to be trained, but has no parameter that could"):
         DistillationGraph({**parts, "all": nodes["all"]}, [labels], ["all"], keep="all").check({"data": True})
+
+
+def test_an_ensemble_to_be_trained_that_has_nothing_to_learn_is_refused():
+    """Its loss would be logged, and teach nobody."""
+    parts = {"a": Vectors(seed=1), "b": Vectors(seed=2)}
+    nodes = {"student": Vectors(seed=3), **parts, "all": Ensemble(parts)}
+    arrows = [Arrow(f"to_{head}", SampledSoftmax(in_batch=False), head) for head in ("student", "all")]
+    with pytest.raises(RecipeError, match="all: it is to be trained, but has no parameter that could learn"):
+        DistillationGraph(nodes, arrows, ["student", "all"], keep="student").check({"data": True})
 
 
 def test_the_more_confident_teacher_is_heard_more():

@@ -10,6 +10,7 @@ from distill.batch import Batch, Ragged
 from distill.errors import DataError, RecipeError
 from distill.graph import Arrow, DistillationGraph
 from distill.objectives import AttentionKL, AttentionMSE
+from distill.objectives.attention import log_map
 from distill.objectives.attention_kl import attention_kl
 from distill.objectives.attention_mse import attention_mse
 from distill.outputs import Needs, Outputs
@@ -30,6 +31,20 @@ def blocks():
     forth, back = q_x @ k_y.transpose(2, 3) / 2, q_y @ k_x.transpose(2, 3) / 2
     t_xy, t_yx = (torch.tensor(m)[None, None] for m in (T_XY, T_YX))
     return (forth, t_xy, X_REAL, Y_REAL), (back, t_yx, Y_REAL, X_REAL)
+
+
+def test_the_maps_are_those_of_the_worked_example():
+    expected = (
+        ([[0.622459, 0.377541, 0], [0.5, 0.5, 0]], [[0.817574, 0.182426, 0], [0.268941, 0.731059, 0]]),
+        (
+            [[0.377541, 0.622459], [0.5, 0.5], [0.5, 0.5]],
+            [[0.731059, 0.268941], [0.5, 0.5], [0.997527, 0.002473]],
+        ),
+    )
+    for (student, teacher, _, columns), maps in zip(blocks(), expected, strict=True):
+        for logits, map_ in zip((student, teacher), maps, strict=True):
+            said = log_map(logits, columns).exp()[0, 0]
+            torch.testing.assert_close(said, torch.tensor(map_), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -267,13 +282,17 @@ def test_other_ids_are_refused_before_training(tiny_bert, tmp_path):
 
 def test_a_text_with_no_token_left_is_named(tiny_bert):
     student, _ = ends(tiny_bert)
-    cross = CrossEncoder(tiny_bert(num_labels=1), precision="no", max_length=7)  # the query alone fills it
+    batch = batch_of(student)
+    (key,) = batch.queries
+    bare = Ragged.of([[] for _ in batch.candidate_ids], dtype=torch.int32)
+    _, cross = ends(tiny_bert)
     with pytest.raises(
         DataError, match=r"'wings': of query row 0 and candidate row 0 .* no token of the candidate"
     ):
-        graph_of(student, cross, AttentionKL())(batch_of(student))
-    batch = batch_of(student)
-    (key,) = batch.queries
+        graph_of(student, cross, AttentionKL())(
+            Batch(batch.index, batch.mask, batch.query_ids, batch.candidate_ids,
+                  queries=batch.queries, candidates={key: bare}, source="wings")
+        )  # fmt: skip
     empty = Ragged.of([[], [5], [6]], dtype=torch.int32)
     _, cross = ends(tiny_bert)
     with pytest.raises(DataError, match=r"of query row 0 .* no token of the query"):
@@ -292,6 +311,8 @@ def test_a_text_with_no_token_left_is_named(tiny_bert):
         ({"heads": "first"}, "heads must be one of each, mean"),
         ({"first": 0}, "first must be at least 1"),
         ({"student": "tokens", "temperature": 0.0}, "temperature must be positive"),
+        ({"student": "tokens", "heads": "mean"}, "heads: for `student: tokens` the teacher's are averaged"),
+        ({"student": "tokens", "layers": [[0, -1]]}, "has one map and no layers"),
         ({"temperature": 0.5}, "temperature divides the products of `student: tokens`"),
     ],
 )

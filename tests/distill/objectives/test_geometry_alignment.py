@@ -11,6 +11,8 @@ from distill.graph import Arrow, DistillationGraph
 from distill.model import Model
 from distill.objectives import GeometryAlignment
 from distill.objectives.base import Loss
+from distill.objectives.geometry_alignment import log_kernel
+from distill.objectives.score_kl import listwise_kl
 from distill.outputs import Outputs
 
 JOINT_Q, JOINT_C = [[1, 0], [0.6, 0.8], [0, 1]], [[0.8, 0.6], [0, 1], [-0.6, 0.8]]
@@ -193,3 +195,19 @@ def test_refuses_terms_it_does_not_know(terms):
 def test_refuses_a_kernel_it_does_not_know():
     with pytest.raises(ValueError, match="kernel must be one of cosine, softmax; got 'rbf'"):
         GeometryAlignment(kernel="rbf")
+
+
+def test_the_worked_rows_of_the_kernel():
+    """Who is the first query's neighbour; and as the kernel's authors have it, each text its own too."""
+    q, c, joint_q, joint_c = (torch.tensor(v, dtype=torch.float32) for v in (Q, C, JOINT_Q, JOINT_C))
+    taught, learnt = (log_kernel(*pair, "cosine").softmax(-1)[0] for pair in ((joint_q, joint_c), (q, c)))
+    assert taught.tolist() == pytest.approx([0.5625, 0.3125, 0.125], abs=1e-6)
+    assert learnt.tolist() == pytest.approx([0.347826, 0.434783, 0.217391], abs=1e-6)
+    own = (
+        log_kernel(q, q, "cosine"),
+        log_kernel(joint_q, joint_q, "cosine"),
+        torch.ones(3, 3, dtype=torch.bool),
+    )
+    assert listwise_kl(*own).sum().item() / 9 == pytest.approx(
+        0.019664, abs=1e-6
+    )  # the kernel's first authors

@@ -47,6 +47,25 @@ def test_the_plain_divergence_has_no_factor(temperature, expected):
     assert divergence.item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_scores_scaled_to_their_lists_range_teach_next_to_nothing():
+    """Why there is no such option: softmax(minmax(s)) is at most e times as sharp as it is flat."""
+    student, teacher, mask = rows([1.0, 0.25, 0.0], [1.0, 1 / 3, 0.0])
+    assert listwise_kl(student, teacher, mask).item() == pytest.approx(0.000680, abs=1e-6)
+
+
+def test_the_six_scores_of_a_cascade():
+    """ERNIE-Search: cross-encoder, ColBERT and student on the labels, and each arrow between them."""
+    cross, bridge, student = [3.0, 1.0, 0.0], [2.0, 1.5, 0.5], [1.0, 1.2, 0.3]
+    positive = [1.0, -1e9, -1e9]  # the KL from a sure teacher is the cross-entropy of its choice
+    said = [kl([s], [t])[0].item() for s, t in [
+        (cross, positive), (bridge, positive), (student, positive),
+        (bridge, cross), (student, bridge), (student, cross),
+    ]]  # fmt: skip
+    expected = [0.169846, 0.604131, 0.999892, 0.199977, 0.066151, 0.482193]
+    assert said == pytest.approx(expected, abs=1e-6)
+    assert sum(said) == pytest.approx(2.522189, abs=2e-6)
+
+
 def test_it_is_the_forward_divergence():
     loss, _ = kl([[1.0, 1.2, 0.3]], [[4.0, 2.0, 1.0]])
     assert loss.item() == pytest.approx(0.482193, abs=1e-6)

@@ -6,6 +6,7 @@ import torch
 
 from distill.batch import Batch
 from distill.objectives import EmbeddingMatch, RelativeOrder, SimilarityMatch
+from distill.objectives.relative_order import relative_order
 from distill.outputs import Outputs
 
 TEACHER = [[1.0, 0.0], [3.0, 4.0], [0.0, 1.0]]
@@ -92,3 +93,16 @@ def test_refuses_fields_that_are_no_vectors_and_a_margin_below_zero():
             objective(fields=["scores"])
     with pytest.raises(ValueError, match="margin must be 0 or more"):
         RelativeOrder(margin=-1)
+
+
+def test_many_texts_are_compared_in_blocks():
+    student, teacher = torch.randn(2, 9, 9, generator=torch.Generator().manual_seed(0))
+    found = []
+    for at_once in (9**3, 200, 1):  # all rows, two at a time, one at a time
+        leaf = student.clone().requires_grad_()
+        loss = relative_order(leaf, teacher, 0.1, at_once)
+        loss.sum().backward()
+        found.append((loss.detach(), leaf.grad))
+    for loss, gradient in found[1:]:
+        torch.testing.assert_close(loss, found[0][0])
+        torch.testing.assert_close(gradient, found[0][1])
