@@ -328,8 +328,12 @@ def check_lists(graph: DistillationGraph, source: Source) -> None:
     mistakes = Mistakes()
     for name, part in judged_sources(source).items():
         labels = part.judged.labels
-        alike = labels is not None and len(labels) > 0 and not part.negatives
-        alike = alike and not (part.lists.most and bool((labels < 1).any()))
+        alike = (
+            labels is not None
+            and len(labels) > 0
+            and not part.negatives
+            and not (part.lists.most and bool((labels < 1).any()))
+        )
         for arrow in graph.arrows:
             where, kind = f"losses.{arrow.name}", type(arrow.objective).__name__
             if arrow.data is not None and name not in arrow.data:
