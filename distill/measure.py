@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from distill.data.judged import Judged, TextTable
 from distill.errors import RecipeError
@@ -63,17 +64,19 @@ def measure(
     dev: Judged | None,
     progress: bool = False,
     first: Model | None = None,
+    latest: dict[bytes, Tensor] | None = None,
 ) -> Evaluation:
     """Measure a model as the ``evaluate`` section of a recipe says; frozen teachers of texts by the store.
 
     Args:
         dev: Gives the thresholds.
         first: Finds, where these are no texts, the candidates that a model re-ranks which cannot search.
+        latest: Holds the vectors of texts that a model which learns has searched last.
     """
     if problem := why_not(model, judged, first, settings.metrics):
         raise RecipeError(f"{problem}; measure it on listed candidates.")
     texts = isinstance(judged.queries, TextTable)
-    measured = stored(model, judged.task == "retrieval") if texts else model
+    measured = stored(model, judged.task == "retrieval", latest) if texts else model
     evaluation = evaluate_model(
         cast(Encoder, measured),  # or a PairScorer
         judged,

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from distill.build import Builder
 from distill.data.judged import Judged
@@ -56,6 +57,7 @@ class OneRun:
         self.recipe, self.folder, self.builder = recipe, folder, builder
         self.data = builder.data(recipe)
         self.measured = split_to_measure(recipe, self.data)
+        self._latest: dict[bytes, Tensor] = {}  # see measure
 
     def run(self) -> None:
         recipe = self.recipe
@@ -112,7 +114,7 @@ class OneRun:
             source,
             settings,
             folder,
-            evaluate=(lambda: measure(graph.nodes[recipe.keep], dev, recipe.evaluate, dev).means)
+            evaluate=(lambda: self._measure(graph.nodes[recipe.keep], dev).means)
             if dev and metrics
             else None,
             select=recipe.train.select or next(iter(metrics), None),
@@ -124,13 +126,17 @@ class OneRun:
         data = self.data[self.measured[0]] if self.measured else None
         return data.split("dev") if data is not None and "dev" in data.splits else None
 
+    def _measure(
+        self, model: Model, judged: Judged, bar: bool = False, first: Model | None = None
+    ) -> Evaluation:
+        return measure(model, judged, self.recipe.evaluate, self._dev(), bar, first, self._latest)
+
     def _evaluate(self, name: str, model: Model, first: Model | None = None) -> Evaluation | None:
         if self.measured is None:
             return None
         log.info("measuring %s on %s", name, self.measured[1])
-        settings, bar = self.recipe.evaluate, sys.stderr.isatty()
         try:
-            return measure(model, self._judged(), settings, self._dev(), bar, first)
+            return self._measure(model, self._judged(), sys.stderr.isatty(), first)
         except DataError as error:  # the data was checked before, so it is the model
             raise RunError(f"{name} cannot be measured: {error} Lower train.learning_rate.") from error
 

@@ -1,4 +1,4 @@
-"""Frozen teachers as they are measured: what they said before is read from the teacher store."""
+"""Models as they are measured: frozen teachers by the teacher store, others without encoding twice."""
 
 from __future__ import annotations
 
@@ -11,33 +11,41 @@ import torch
 from torch import Tensor
 
 from distill.data.judged import text_keys
-from distill.evaluation.scoring import encodes_apart, is_combined, searches_tokens
+from distill.evaluation.scoring import can_search, encodes_apart, is_combined, searches_tokens
 from distill.model import Model
 from distill.nn.precision import resolve_precision
 from distill.paths import store_folder
 from distill.processes import gather, in_shares, is_first
 from distill.store_files import SERVED, Signal, Teacher, pair_keys
 
+KEPT_BYTES = 2**28  # of vectors that are held until the next evaluation
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
 
 
-def stored(model: Model, search: bool) -> Any:
+def stored(model: Model, search: bool, latest: dict[bytes, Tensor] | None = None) -> Any:
     """What is measured in the place of a model of texts: where the store can keep its answers, ``Stored``.
 
-    It must be frozen, and not built of others.
+    It must be frozen, and not built of others. One that learns is ``Remembered``, where ``latest`` is given.
 
     Args:
         search: Whether all candidates are searched: vectors per token are too many to keep.
+        latest: Where the vectors of the last search are held.
     """
     if is_combined(model):
         return StoredParts(model, search)
-    learns = model.of or any(parameter.requires_grad for parameter in model.parameters())
     precision = getattr(model, "precision", None)
-    if learns or precision is None or encodes_apart(model) or (search and searches_tokens(model)):
+    if precision is None or encodes_apart(model) or (search and searches_tokens(model)):
+        return model
+    learns = model.of or any(parameter.requires_grad for parameter in model.parameters())
+    if learns and not (search and can_search(model)):
         return model
     dtype = DTYPES[resolve_precision(precision, model.device)]  # beside what it says in training, if the same
     teacher = Teacher.of(model, dtype, store_folder())
-    return model if teacher is None else Stored(model, teacher)
+    if teacher is None:
+        return model
+    if learns:
+        return model if latest is None else Remembered(model, teacher.address, latest)
+    return Stored(model, teacher)
 
 
 class Stored:
@@ -85,6 +93,32 @@ class Stored:
             signal.append(keys[rows], {field: values}, on_disk=is_first())
             self.asked += len(rows)
         return signal.read(signal.find(keys))[field]
+
+
+class Remembered:
+    """A model that learns, at one step: the vectors that were searched last are held, by whichever model.
+
+    So where dev chose the last step, its candidates are not encoded again for test.
+
+    Args:
+        address: Of all that decides its answers, its weights too.
+    """
+
+    def __init__(self, model: Any, address: str, latest: dict[bytes, Tensor]):
+        self.model, self.address, self.latest = model, address, latest
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def encode_candidates(self, candidates: Sequence[str], progress: bool = False) -> Tensor:
+        key = self.address.encode() + text_keys(candidates).tobytes()
+        if key not in self.latest:
+            self.latest.clear()
+            vectors = self.model.encode_candidates(candidates, progress)
+            if vectors.nbytes > KEPT_BYTES:
+                return vectors
+            self.latest[key] = vectors
+        return self.latest[key]
 
 
 class StoredParts:

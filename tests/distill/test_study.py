@@ -239,7 +239,6 @@ MEASURED_BY = {  # whose figure in recipes/README.md is that of a study's varian
     "single_vs_multiple_teachers": {"text/wikiqa_two_teachers": "learned"},
     "pairs_mrpc": {"text/virt_mrpc": "virt", "text/dual_encoder_mrpc": "dual_encoder"},
     "pairs_sick": {"text/virt_sick": "virt"},
-    "scifact_methods": {"text/scifact_student": "all_texts"},
 }
 
 
