@@ -85,16 +85,22 @@ class Ablation:
         study, recipes, mistakes = self.study, recipes_of(self.study), Mistakes()
         known: set[str] = set()
         steps: dict[str, int | None] = {}
+        epochs: dict[str, int] = {}  # steps of an epoch
         for data, recipe in recipes.plain.items():
             plan = None if recipe.train.steps else self._plan(recipe, study.recipe, mistakes, known)
             steps[data] = recipe.train.steps if plan is None else plan.steps
-        plans = []
+            if plan is not None:
+                epochs[data] = plan.source.steps(0)
+        plans, shares = [], dict[tuple[str, str], float]()
         for (data, name), recipe in recipes.variants.items():
             if (plan := self._plan(recipe, f"variants.{name}", mistakes, known)) is not None:
                 taken = plan.steps if has_own_steps(study, name) else steps[data]
                 plans.append(self._described(plan, data, name, taken or 0))
+                if data in epochs:
+                    shares[data, name] = epochs[data] / plan.source.steps(0)
         mistakes.report()
-        cells = cells_of(study, recipes, {(plan.data, plan.variant): plan.steps for plan in plans})
+        taken_by = {(plan.data, plan.variant): plan.steps for plan in plans}
+        cells = cells_of(study, recipes, taken_by, shares)
         cells = [self._as_begun(cell) for cell in cells]
         for cell in cells:
             with mistakes:

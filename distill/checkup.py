@@ -18,7 +18,7 @@ from distill.data.judged import Judged, Table, TextTable
 from distill.data.lists import Lists
 from distill.data.source import JudgedSource, TextSource, generator_of
 from distill.graph import DistillationGraph
-from distill.health import SHARP, SURE, Health, Said, agreement_of, ailments, examine, misheard
+from distill.health import OPPOSITE, SHARP, SURE, Health, Said, agreement_of, ailments, examine, misheard
 from distill.model import Model
 from distill.outputs import Needs
 from distill.results import NOTHING
@@ -280,7 +280,7 @@ def _warnings(graph: DistillationGraph, patients: Sequence[Patient]) -> Iterator
                     yield _sentence(f"losses.{arrow.name}: {where}: {line}")
     for pair in between(patients):
         names = f"models.{pair.one} and models.{pair.other}"
-        if pair.luck < SURE and pair.agreement < 0:
+        if pair.luck < SURE and pair.agreement < OPPOSITE:
             yield f"{names} teach opposite orders (agreement {pair.agreement:+.2f}): one of them is wrong."
         elif pair.luck < SURE and pair.agreement > 0.995:
             yield (

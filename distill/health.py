@@ -16,6 +16,7 @@ import scipy
 SURE = 0.01  # how unlikely luck must be before something is said of agreement
 LEAST = 5  # lists that are needed to say it
 USEFUL = 0.35  # an agreement that a teacher must not have, surely, to be called one that knows nothing
+OPPOSITE = -0.2  # from this agreement on two orders are opposite: mined candidates alone bring it below 0
 FLAT, SHARP = (
     0.05,
     50.0,
@@ -57,8 +58,8 @@ class Health:
         luck: How likely an agreement so far from 0 is if the teacher knows nothing; None: it is not known.
         error: The standard error of the agreement; None: it is not known.
         lists: How many lists the agreement is over.
-        temperature: At which the teacher's softmax over a list is as sure as it is right; without labels, at
-            which its scores spread by 1.
+        temperature: At which the teacher's softmax over a list is as sure as it is right; without labels, or
+            where it is always right, at which its scores spread by 1. None: at none, as it is never right.
     """
 
     pairs: int
@@ -81,7 +82,7 @@ class Health:
         """``right``, ``wrong``, or ``random`` where it surely is not useful; None: too little is known."""
         if self.agreement is None or self.luck is None or self.error is None:
             return None
-        if self.luck < SURE:
+        if self.luck < SURE and not OPPOSITE < self.agreement < 0:
             return "right" if self.agreement > 0 else "wrong"
         return "random" if self.agreement + 2 * self.error < USEFUL else None
 
@@ -131,8 +132,9 @@ def agreement_of(said: Said, others: np.ndarray) -> Agreement:
     if len(found):
         if len(found) < LEAST:
             return Agreement(found)
-        if np.ptp(found) == 0:
-            return Agreement(found, 1.0 if found[0] == 0 else 0.0, 0.0)
+        if np.ptp(found) == 0:  # as so many coins that fall on one side
+            luck = 1.0 if found[0] == 0 else 2.0 * 0.5 ** len(found)
+            return Agreement(found, luck, abs(float(found[0])) / math.sqrt(len(found)))
         luck = float(scipy.stats.ttest_1samp(found, 0.0).pvalue)
         return Agreement(found, luck, float(found.std(ddof=1)) / math.sqrt(len(found)))
     n = len(others)
@@ -141,7 +143,7 @@ def agreement_of(said: Said, others: np.ndarray) -> Agreement:
     whole = _concordance(said.scores, others)
     known = np.ptp(said.scores) > 0
     luck = float(scipy.stats.kendalltau(said.scores, others).pvalue) if known else 1.0
-    return Agreement(np.array([whole]), luck, math.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1))))
+    return Agreement(np.array([whole]), luck, _error_of_pairs(said.scores, others))
 
 
 def ailments(train: Health, held_out: Health | None = None) -> Iterator[str]:
@@ -175,7 +177,7 @@ def ailments(train: Health, held_out: Health | None = None) -> Iterator[str]:
     if train.in_list > LARGE:
         yield (
             f"its scores spread by {train.in_list:,.0f} inside a list: regression on them would diverge, and "
-            f"a softmax say one candidate; divide them, or use a temperature near {_short(train.temperature)}"
+            f"a softmax say one candidate; divide them{_suggested(train, ', or use a temperature near {}')}"
         )
     if held_out is not None and _learnt_by_heart(train, held_out):
         yield (
@@ -187,24 +189,22 @@ def ailments(train: Health, held_out: Health | None = None) -> Iterator[str]:
 def misheard(health: Health, temperature: float) -> Iterator[str]:
     """What is wrong with hearing a teacher's softmax over a list at a temperature."""
     ratio = health.in_list / temperature
-    near = f"a temperature near {_short(health.temperature)} suits it"
+    near = _suggested(health, "; a temperature near {} suits it")
     if 0 < ratio < FLAT:
-        yield f"at temperature {_short(temperature)} its softmax is nearly even over a list; {near}"
+        yield f"at temperature {temperature:.2g} its softmax is nearly even over a list{near}"
     elif ratio > SHARP:
-        yield f"at temperature {_short(temperature)} its softmax is nearly one candidate; {near}"
+        yield f"at temperature {temperature:.2g} its softmax is nearly one candidate{near}"
 
 
 def _learnt_by_heart(train: Health, held_out: Health) -> bool:
     """Whether agreement falls by more than a fifth and more than luck."""
     if train.agreement is None or held_out.agreement is None:
         return False
-    if train.lists == held_out.lists == 1 and train.error is not None and held_out.error is not None:
-        error = math.hypot(train.error, held_out.error)  # over all pairs
-    elif min(train.lists, held_out.lists) >= LEAST:
-        error = 0.5 * math.sqrt(1 / train.lists + 1 / held_out.lists)  # a list's own lies within -1 and 1
-    else:
+    if train.error is None or held_out.error is None or (train.lists == 1) != (held_out.lists == 1):
         return False
-    return train.agreement - held_out.agreement > max(0.2, 2.6 * error)
+    sure = scipy.stats.norm if train.lists == 1 else scipy.stats.t(min(train.lists, held_out.lists) - 1)
+    luck = float(sure.isf(SURE / 2)) * math.hypot(train.error, held_out.error)
+    return train.agreement - held_out.agreement > max(0.2, luck)
 
 
 def _rows(lists: np.ndarray) -> Sequence[np.ndarray]:
@@ -222,6 +222,23 @@ def _concordance(scores: np.ndarray, others: np.ndarray) -> float:
     one, two = np.triu_indices(len(scores), 1)
     direction = np.sign(others[one] - others[two])
     return float((np.sign(scores[one] - scores[two]) * direction).sum() / np.abs(direction).sum())
+
+
+def _error_of_pairs(scores: np.ndarray, others: np.ndarray) -> float:
+    """The standard error of the concordance of n scores with others that they have nothing to do with.
+
+    References:
+        Kendall, 1970. Rank Correlation Methods, with ties on both sides.
+    """
+    n = len(scores)
+    t, u = (np.unique(one, return_counts=True)[1].astype(np.float64) for one in (scores, others))
+    (pairs_t, triples_t), (pairs_u, triples_u) = (
+        ((c * (c - 1)).sum(), (c * (c - 1) * (c - 2)).sum()) for c in (t, u)
+    )
+    variance = n * (n - 1) * (2 * n + 5) - sum((c * (c - 1) * (2 * c + 5)).sum() for c in (t, u))
+    variance = variance / 18 + pairs_t * pairs_u / (2 * n * (n - 1))
+    variance += triples_t * triples_u / (9 * n * (n - 1) * (n - 2))
+    return 2 * math.sqrt(variance) / (n * (n - 1) - pairs_u)
 
 
 def _saturation(scores: np.ndarray) -> float:
@@ -263,10 +280,11 @@ def _temperature(
 
     middle = math.log(inside)
     found = scipy.optimize.minimize_scalar(loss, bounds=(middle - 5, middle + 5), method="bounded")
-    return (
-        math.exp(found.x) if found.x < middle + 4.5 else None
-    )  # at the end of the search: it is never right
+    if found.fun < 1e-3 * len(told):  # always right: the colder the likelier, without end
+        return inside
+    return math.exp(found.x) if found.x < middle + 4.5 else None  # at the end of the search: never right
 
 
-def _short(value: float | None) -> str:
-    return "none" if value is None else f"{value:.2g}"
+def _suggested(health: Health, words: str) -> str:
+    """Words about the temperature that suits a teacher; nothing, where none does."""
+    return "" if health.temperature is None else words.format(f"{health.temperature:.2g}")

@@ -67,7 +67,11 @@ class Plan:
     def training(self) -> str:
         """How long the training is, in words."""
         train = self.recipe.train
-        batch = f"{train.batch_size} queries" + (f" x {train.accumulate}" if train.accumulate > 1 else "")
+        own = {name: source.batch_size for name, source in judged_sources(self.source).items()}
+        sizes = {size: [name for name in own if own[name] == size] for size in own.values()}
+        told = [f"{size} ({', '.join(names)})" for size, names in sizes.items()]
+        batch = " or ".join(told) if len(told) > 1 else str(*sizes or [train.batch_size])
+        batch += " queries" + (f" x {train.accumulate}" if train.accumulate > 1 else "")
         length = "" if train.steps else f" ({train.epochs:g} epochs)"
         cut = "" if train.steps or not train.minutes else f", as many as fit into {train.minutes:g} minutes"
         shared = f", shared by {world()} processes" if world() > 1 else ""

@@ -27,6 +27,7 @@ from distill.recipe import (
 from distill.settings import Changes, DataSet, Recipe, Study
 
 OWN_STEPS = frozenset({"train", "train.steps", "train.epochs"})  # who sets one of these decides for itself
+OWN_EVALUATIONS = OWN_STEPS | {"train.evaluate_every"}
 
 
 @dataclass(frozen=True)
@@ -92,19 +93,30 @@ def recipes_of(study: Study) -> Recipes:
     return _recipes(study, None)[0]
 
 
-def cells_of(study: Study, recipes: Recipes, steps: Mapping[tuple[str, str], int]) -> list[Cell]:
+def cells_of(
+    study: Study,
+    recipes: Recipes,
+    steps: Mapping[tuple[str, str], int],
+    shares: Mapping[tuple[str, str], float] | None = None,
+) -> list[Cell]:
     """All trainings of a study, seed by seed, so that what there is early can be compared.
 
     Args:
         steps: How many of them each (data set, variant) takes.
+        shares: Epochs of one that are as many steps as an epoch of the recipe that it changes, 1 if not said:
+            it is measured on dev after as many steps as the others, not after as many of its epochs.
     """
 
     def made(data: str, name: str, seed: int) -> Cell:
         recipe = recipes.variants[data, name]
+        train: dict[str, Any] = {"seed": seed, "steps": steps[data, name]}
+        every, share = recipe.train.evaluate_every, (shares or {}).get((data, name), 1.0)
+        if every is not None and share != 1.0 and OWN_EVALUATIONS.isdisjoint(study.variants[name].set):
+            train["evaluate_every"] = every * share
         teachers = recipe.evaluate.teachers and seed == study.seeds[0]  # they say the same every time
         changes = {
             "name": "/".join(part for part in (study.name, data, name, f"seed{seed}") if part),
-            "train": recipe.train.model_copy(update={"seed": seed, "steps": steps[data, name]}),
+            "train": recipe.train.model_copy(update=train),
             "evaluate": recipe.evaluate.model_copy(update={"teachers": teachers}),
         }
         return Cell(data, name, seed, recipe.model_copy(update=changes))

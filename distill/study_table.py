@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from distill.errors import DataError
-from distill.evaluation import higher_is_better
+from distill.evaluation import merit
 from distill.evaluation.significance import CONFIDENCE, POWER, detectable, holm
 from distill.evaluation.significance_of_pairs import compare_trainings, unit
 from distill.hub.files import read_json
@@ -153,7 +153,7 @@ def _spread(values: Sequence[float | None]) -> dict[str, Any]:
     return {
         "mean": statistics.mean(known) if known else None,
         "spread": statistics.stdev(known) if len(known) > 1 else None,  # over seeds
-        "values": list(values),
+        "values": [None if value is None or math.isnan(value) else value for value in values],
     }
 
 
@@ -194,20 +194,17 @@ def _tested(
 
     ``tests``: for how many the smallest detectable difference allows.
     """
-    values = [(before.metrics.get(metric), after.metrics.get(metric)) for before, after in pairs]
-    gains = [one[1] - one[0] for one in values if one[0] is not None and one[1] is not None]
-    if (
-        not pairs or len(gains) < len(pairs) or any(map(math.isnan, gains))
-    ):  # undefined where a model collapsed
+    told = [(before.metrics.get(metric), after.metrics.get(metric)) for before, after in pairs]
+    values = [(a, b) for a, b in told if a is not None and b is not None and not math.isnan(a + b)]
+    if not pairs or len(values) < len(pairs):  # undefined where a model collapsed
         return None
     before, after = ([pair[side].per_query for pair in pairs] for side in (0, 1))
     if (found := compare_trainings(before, after, metric, resamples)) is None:
         return None
-    sign = 1 if higher_is_better(metric) else -1
     return found._asdict() | {
         "of": unit(before[0]),
         "seeds": len(pairs),
-        "better": sum(sign * gain > 0 for gain in gains),  # on how many seeds
+        "better": sum(merit(metric, b) > merit(metric, a) for a, b in values),  # on how many seeds
         "detectable": detectable(found.spread, found.queries, (1 - CONFIDENCE) / tests),
     }
 
@@ -219,19 +216,27 @@ def _correct(tests: Sequence[dict[str, Any]]) -> None:
 
 
 def _winner(found: Mapping[str, Any], variants: Mapping[str, str | None]) -> dict[str, Any] | None:
-    """The variant that is best on dev, and the baseline that it is to be tested against."""
+    """The variant that is best on dev, and the baseline that it is to be tested against.
+
+    Of those whose dev is known for every seed: one that failed on some would win by the others.
+    """
     metric = found["metrics"][0]
-    dev = {
-        name: entry["dev"][metric]["mean"]
-        for name, entry in found["variants"].items()
-        if entry["dev"][metric]["mean"] is not None
-    }
-    if not dev:
+    dev = {name: entry["dev"][metric] for name, entry in found["variants"].items()}
+    seeds = max((len(one["values"]) for one in dev.values()), default=0)
+    known = {name: [value for value in one["values"] if value is not None] for name, one in dev.items()}
+    whole = {name: values for name, values in known.items() if values and len(values) == seeds}
+    if not whole:
         return None
-    sign = 1 if higher_is_better(metric) else -1
-    best = max(dev, key=lambda name: sign * dev[name])
+    best = max(whole, key=lambda name: statistics.mean(merit(metric, value) for value in whole[name]))
     baseline = next(name for name, against in variants.items() if against is None)
-    return {"variant": best, "against": baseline, "metric": metric, "dev": dev[best], "of": len(dev)}
+    return {
+        "variant": best,
+        "against": baseline,
+        "metric": metric,
+        "dev": dev[best]["mean"],
+        "of": len(whole),
+        "left_out": [name for name in variants if name in known and name not in whole],
+    }
 
 
 def table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -316,10 +321,10 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
         if not results.get("missing"):
             yield f"{where}{_won(found.get('winner'), results['power'])}"
     yield (
-        f"Differences are over queries, users or pairs, averaged over seeds; detectable: what such a test "
-        f"would find with {results['power']:.0%} power; answers: texts and pairs that frozen teachers were "
-        f"heard about; tokens and seconds: of one training, without asking what the store keeps; queries/s: "
-        f"of many together; ms/query: of one by itself, the median."
+        f"Differences are over queries, users or pairs, averaged over seeds; detectable: what such a test, "
+        f"not corrected for the others, would find with {results['power']:.0%} power; answers: texts and "
+        f"pairs that frozen teachers were heard about; tokens and seconds: of one training, without asking "
+        f"what the store keeps; queries/s: of many together; ms/query: of one by itself, the median."
     )
     if results.get("missing"):
         yield (
@@ -341,6 +346,8 @@ def _won(winner: Mapping[str, Any] | None, likely: float) -> str:
         return "no winner: dev was not measured, so there is nothing fair to choose by"
     metric, test, best = winner["metric"], winner["test"], winner["variant"]
     chosen = f"winner: {best}, the best of {winner['of']} on dev ({metric} {winner['dev']:.4f})"
+    if winner.get("left_out"):
+        chosen += f", without {', '.join(winner['left_out'])}, whose dev is not known for all seeds"
     if winner["chosen_on_tested"]:
         return f"{chosen}, which is what is measured here: its p must count the others (Holm's, above)"
     if best == winner["against"]:

@@ -129,6 +129,8 @@ def power(difference: float, spread: float, queries: int, alpha: float = 1 - CON
     Args:
         spread: Standard deviation of the queries' differences.
     """
+    if spread == 0:
+        return alpha if difference == 0 else 1.0
     return _found(abs(difference) * math.sqrt(queries) / spread, queries, alpha)
 
 

@@ -458,6 +458,19 @@ def test_what_is_finished_is_compared_without_training(here, monkeypatch):
     assert here.results["missing"] == 2 and list(here.results["data"][""]["variants"]) == ["alone"]
 
 
+def test_all_are_measured_on_dev_after_as_many_steps_whatever_an_epoch_of_theirs_is(here):
+    """Else the one that hears the fewest texts would have the most chances."""
+    here.recipe["train"]["epochs"] = 2
+    here.study["variants"]["often"] = {"set": {"train.evaluate_every": 0.4}, "drop": ["losses.vectors"]}
+    assert here("ablate", "seeds=[1]").code == 0
+    measured = {}
+    for variant in here.study["variants"]:
+        history = (here.runs / f"mine/study/{variant}/seed1/history.jsonl").read_text().splitlines()
+        said = [json.loads(line) for line in history]
+        measured[variant] = [one["step"] for one in said if "dev/nDCG@10" in one]
+    assert measured == {"all": [5, 10], "alone": [5, 10], "taught": [5, 10], "often": [*range(1, 11)]}
+
+
 def test_other_seeds_first_keep_what_is_finished(here, monkeypatch):
     """The first seed's runs measure the teachers too; to be the first is no reason to be trained again.
 

@@ -118,6 +118,8 @@ def test_check_says_what_a_run_will_do_and_cost(here):
     again = here("check", here.recipe(), "train.steps=null", "train.epochs=3", "data.repeat=2").out
     assert "12 steps of 4 queries" in again and "cross is asked up to 48 pairs an epoch" in again
     ids = [int(re.search(r"student reads about ([\d,]+) ids", out)[1]) for out in (done.out, again)]
+    own = here("check", here.recipe(), "train.steps=null", "train.epochs=1", "data.batch_size=2").out
+    assert "4 steps of 2 queries" in own  # the data set's own, not train.batch_size
     assert ids[1] == pytest.approx(2 * ids[0], abs=1)
 
 

@@ -169,3 +169,64 @@ def test_a_temperature_that_hides_the_teacher_is_named():
     (flat,), (sharp,) = (list(misheard(health, temperature)) for temperature in (5.0, 0.0005))
     assert "nearly even over a list; a temperature near 0.0" in flat and "nearly one candidate" in sharp
     assert list(misheard(health, 0.05)) == [] and list(misheard(examine(teacher()), 1.0)) == []
+
+
+def pairs_of(draw, n: int, share: float, skill: float = 1.0) -> Said:
+    """Scores of pairs each for itself, a share of them relevant."""
+    labels = np.zeros(n)
+    labels[: max(1, round(n * share))] = 1
+    return Said(draw.normal(size=n) + skill * labels, np.arange(n), labels)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda draw: teacher(lists=64, width=2, seed=int(draw.integers(2**31))),
+        lambda draw: teacher(lists=8, width=2, seed=int(draw.integers(2**31))),
+        lambda draw: pairs_of(draw, 512, 0.02),
+        lambda draw: pairs_of(draw, 100, 0.1),
+    ],
+    ids=["lists of two", "few lists of two", "rare clicks", "few pairs"],
+)
+def test_a_healthy_teacher_is_not_called_sick_more_often_than_luck_would_have_it(made):
+    draw = np.random.default_rng(3)
+    flagged = sum(bool(found(made(draw), made(draw))) for _ in range(300))
+    assert flagged <= 12  # of 300; SURE allows 3 of each thing that is said
+
+
+def test_the_error_of_pairs_is_that_of_many_draws():
+    draw = np.random.default_rng(0)
+    said = [pairs_of(draw, 200, 0.1, skill=0.0) for _ in range(500)]
+    agreements = [health.agreement_of(one, one.labels) for one in said]
+    errors = {one.error for one in agreements}
+    assert len(errors) == 1 and agreements[0].error == pytest.approx(
+        np.std([one.mean for one in agreements]), rel=0.1
+    )
+
+
+def test_few_lists_on_one_side_are_as_sure_as_coins_are():
+    said = Said(np.tile([0.0, 1.0], 7), np.arange(7).repeat(2), np.tile([0, 1], 7))
+    luck = [examine(Said(sign * said.scores, said.lists, said.labels)).luck for sign in (1, -1, 0)]
+    assert luck == [2 / 128, 2 / 128, 1.0]
+
+
+def test_a_bit_below_nothing_is_not_the_wrong_order():
+    """As candidates are that the teacher itself has mined: those it was wrong about are left."""
+    draw = np.random.default_rng(0)
+    said = teacher(lists=800, skill=-0.25, seed=1)
+    assert -0.2 < examine(said).agreement < 0 and examine(said).luck < health.SURE
+    (line,) = found(said)
+    assert "cannot be told from a random one" in line
+    assert "wrong order" in found(pairs_of(draw, 400, 0.5, skill=-1.0))[0]
+
+
+def test_where_no_temperature_suits_none_is_suggested():
+    shuffled = changed(teacher(), lambda s: -1000 * s)
+    assert examine(shuffled).temperature is None
+    assert any(line.endswith("divide them") for line in found(shuffled))
+    assert next(misheard(examine(changed(teacher(), lambda s: -s)), 1000.0)).endswith("over a list")
+
+
+def test_a_teacher_that_is_always_right_is_heard_as_one_without_labels():
+    right = teacher(skill=40.0)
+    assert examine(right).temperature == examine(right).in_list

@@ -64,6 +64,10 @@ def test_power_is_that_of_the_t_test():
     assert detectable(0.0, 34) == 0.0 and detectable(1.0, 2) > 5
 
 
+def test_differences_that_never_vary_are_always_found():
+    assert power(0.1, 0.0, 20) == 1.0 and power(0.0, 0.0, 20) == pytest.approx(0.05)
+
+
 def test_holm_is_that_of_a_worked_example():
     """Four tests: 0.005 counts 4 times, 0.01 3 times, 0.03 twice; 0.04 is no better than the one before."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -175,6 +179,31 @@ def test_a_metric_that_is_better_when_lower_wins_low():
     found = tabulate("s", variants, {"": ["Logloss"]}, measured)["data"][""]
     assert found["winner"]["variant"] == "a"
     assert [found["variants"][name]["tests"]["Logloss"]["better"] for name in ("a", "b")] == [1, 0]
+
+
+def test_a_ratio_that_is_best_at_one_wins_near_one():
+    measured = {
+        ("", name, seed): cell([1.0, 1.0], dev, "Calibration")
+        for name, values in (("none", (1.1, 1.1)), ("a", (3.0, 3.0)), ("b", (0.2, 1.8)))
+        for seed, dev in enumerate(values)
+    }
+    variants = {"none": None, "a": "none", "b": "none"}
+    found = tabulate("s", variants, {"": ["Calibration"]}, measured)["data"][""]
+    assert found["winner"]["variant"] == "none" and found["winner"]["dev"] == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("lost", ["failed", "collapsed"])
+def test_a_variant_that_is_not_there_for_every_seed_cannot_win_by_the_others(lost):
+    measured = {("", name, seed): cell([0.5, 0.6], 0.5) for name in ("none", "kl") for seed in (1, 2)}
+    measured["", "kl", 1] = cell([0.5, 0.6], 0.9)
+    measured["", "kl", 2] = cell([0.5, 0.6], np.nan)
+    if lost == "failed":
+        del measured["", "kl", 2]
+    results = tabulate("s", ALONE, {"": ["MAP"]}, measured)
+    winner = results["data"][""]["winner"]
+    assert (winner["variant"], winner["of"], winner["left_out"]) == ("none", 1, ["kl"])
+    assert any("without kl, whose dev is not known for all seeds" in line for line in lines(results))
+    json.dumps(results, allow_nan=False)  # which JSON does not know
 
 
 def test_a_teacher_that_differs_between_variants_is_told_for_each():
