@@ -37,15 +37,15 @@ def stored(model: Model, search: bool, latest: dict[bytes, Tensor] | None = None
     if precision is None or encodes_apart(model) or (search and searches_tokens(model)):
         return model
     learns = model.of or any(parameter.requires_grad for parameter in model.parameters())
-    if learns and not (search and can_search(model)):
+    if learns and (latest is None or not search or not can_search(model)):
         return model
     dtype = DTYPES[resolve_precision(precision, model.device)]  # beside what it says in training, if the same
     teacher = Teacher.of(model, dtype, store_folder())
     if teacher is None:
         return model
-    if learns:
-        return model if latest is None else Remembered(model, teacher.address, latest)
-    return Stored(model, teacher)
+    if not learns or latest is None:
+        return Stored(model, teacher)
+    return Remembered(model, teacher.address, latest)
 
 
 class Stored:

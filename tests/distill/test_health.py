@@ -212,18 +212,17 @@ def test_few_lists_on_one_side_are_as_sure_as_coins_are():
 
 def test_a_bit_below_nothing_is_not_the_wrong_order():
     """As candidates are that the teacher itself has mined: those it was wrong about are left."""
-    draw = np.random.default_rng(0)
     said = teacher(lists=800, skill=-0.25, seed=1)
     assert -0.2 < examine(said).agreement < 0 and examine(said).luck < health.SURE
     (line,) = found(said)
     assert "cannot be told from a random one" in line
-    assert "wrong order" in found(pairs_of(draw, 400, 0.5, skill=-1.0))[0]
+    assert "wrong order" in found(pairs_of(np.random.default_rng(0), 400, 0.5, skill=-1.0))[0]
 
 
 def test_where_no_temperature_suits_none_is_suggested():
-    shuffled = changed(teacher(), lambda s: -1000 * s)
-    assert examine(shuffled).temperature is None
-    assert any(line.endswith("divide them") for line in found(shuffled))
+    negated = changed(teacher(), lambda s: -1000 * s)
+    assert examine(negated).temperature is None
+    assert any(line.endswith("divide them") for line in found(negated))
     assert next(misheard(examine(changed(teacher(), lambda s: -s)), 1000.0)).endswith("over a list")
 
 
